@@ -1,0 +1,269 @@
+"""What the scripts share and what teaches nothing: paths, flags, device, timing, tables, results, figures.
+
+Every script begins with
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+    from common import new_parser, parse, ...
+
+and so runs from any folder, by absolute path, under torchrun and in worker processes, without being installed.
+The environment variables COURSE_DATA and COURSE_RESULTS move the data and the results elsewhere (a read-only checkout, say).
+"""
+
+import argparse
+import contextlib
+import difflib
+import errno
+import io
+import json
+import os
+import random
+import re
+import statistics
+import sys
+import textwrap
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import psutil
+import torch
+
+from machine import machine_facts, versions
+
+with contextlib.redirect_stderr(io.StringIO()):  # a CUDA build of torch complains here on a machine without a GPU
+    from torch.utils import benchmark
+
+ROOT = Path(__file__).resolve().parent
+DATA = Path(os.environ.get("COURSE_DATA", ROOT / "data"))
+RESULTS = Path(os.environ.get("COURSE_RESULTS", ROOT / "results"))
+
+
+class InputError(ValueError):
+    """Bad input: the message is one sentence that says what was wrong and what to do; it ends a script with exit code 1."""
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+class CourseParser(argparse.ArgumentParser):
+    """argparse with the course's single-hyphen flags and errors of one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (-h shows all flags)\n")
+
+    def refuse_unknown(self, words: list[str]) -> None:
+        """Name the nearest flag for one that does not exist; argparse would take any beginning of a flag for the flag."""
+        for flag in (word.split("=")[0] for word in words if re.match(r"-[A-Za-z]", word)):
+            if flag not in self._option_string_actions:
+                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                self.error(f"there is no flag {flag}{f', did you mean {near[0]}?' if near else ''}")
+
+
+def new_parser(doc: str) -> CourseParser:
+    """Parser with a module's docstring as help and the flags that mean the same in every script."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = CourseParser(description=doc, formatter_class=formatter, allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "-help", action="help", help="show this text")
+    parser.add_argument("-device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where tensors live (default: auto)")
+    parser.add_argument("-num_threads", type=positive_int, help="threads of torch's operations (default: torch's own choice)")
+    parser.add_argument("-seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("-quick", action="store_true", help="small sizes, to see that it runs; the figures mean little")
+    parser.add_argument("-show", action="store_true", help="open figures in a window as well as saving them")
+    return parser
+
+
+def parse(parser: CourseParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse in any spelling (-num_workers, --num_workers, --num-workers), then set seed, threads, device and error texts."""
+    words = [course_spelling(word) for word in (sys.argv[1:] if argv is None else argv)]
+    parser.refuse_unknown(words)
+    args = parser.parse_args(words)
+    sys.excepthook = one_sentence
+    sys.stdout.reconfigure(errors="replace")  # a Windows console may lack a character; that must not end a run
+    seed_everything(args.seed)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    if not args.show:
+        matplotlib.use("Agg")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if args.device == "auto":
+        args.device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[args.device]:
+        parser.error(f"argument -device: {args.device} is not available here; available: {', '.join(k for k in available if available[k])}")
+    args.device = torch.device(args.device)
+    return args
+
+
+def course_spelling(word: str) -> str:
+    """--num-workers=4 -> -num_workers=4; values, negative numbers included, stay as they are."""
+    flag = re.fullmatch(r"--?([A-Za-z][\w-]*)(=.*)?", word, flags=re.DOTALL)
+    return f"-{flag[1].replace('-', '_')}{flag[2] or ''}" if flag else word
+
+
+def one_sentence(kind: type, error: BaseException, trace) -> None:
+    """sys.excepthook of the scripts: what the user can mend is said in a sentence, a defect of ours keeps its traceback."""
+    text = str(error).strip()
+    if issubclass(kind, InputError):
+        # An error out of a DataLoader worker arrives as text with the worker's traceback; the sentence is its last line.
+        print(f"error: {text.splitlines()[-1].removeprefix('common.InputError: ')}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
+    elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
+        reason = text.splitlines()[0].rstrip(".")
+        print(f"error: {reason}: memory ran out, most likely; try fewer workers or a smaller batch", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def positive_int(text: str) -> int:
+    return _whole_number(text, 1)
+
+
+def non_negative_int(text: str) -> int:
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, smallest: int) -> int:
+    if not re.fullmatch(r"[+-]?\d+", text) or int(text) < smallest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a whole number of at least {smallest} is expected")
+    return int(text)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, so that a run repeats."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Timing:
+    """Single runs of one thing, each in milliseconds a call."""
+
+    runs_ms: list[float]
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.runs_ms)
+
+    @property
+    def sd_ms(self) -> float:
+        return spread(self.runs_ms)
+
+
+def spread(runs: list[float]) -> float:
+    """Standard deviation of a sample (n - 1 below the line); 0 for a single run."""
+    return statistics.stdev(runs) if len(runs) > 1 else 0.0
+
+
+def measure(function, device: torch.device, repeats: int = 5) -> Timing:
+    """Time `function()`: warm-up outside the clock, device synchronised, `repeats` runs of enough calls each."""
+    return measure_alternately({"function": function}, device, repeats)["function"]
+
+
+def measure_alternately(functions: dict, device: torch.device, repeats: int = 5) -> dict[str, Timing]:
+    """Time several functions in turn, A B A B ..., so that a machine that drifts drifts for all of them."""
+    timers = {name: _timer(function, device) for name, function in functions.items()}
+    for timer in timers.values():
+        timer.blocked_autorange(min_run_time=0.01)  # warm-up
+    runs = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, timer in timers.items():
+            runs[name].append(timer.blocked_autorange(min_run_time=0.01).median * 1e3)
+    return {name: Timing(runs_ms) for name, runs_ms in runs.items()}
+
+
+def _timer(function, device: torch.device) -> benchmark.Timer:
+    synchronised = (lambda: (function(), torch.mps.synchronize())) if device.type == "mps" else function
+    return benchmark.Timer("function()", globals={"function": synchronised}, num_threads=torch.get_num_threads())
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print rows as one aligned table: numbers to the right with four significant digits, a missing value as '-'."""
+    if not rows:
+        return
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(key)) for key in header] for row in rows]
+    widths = [max(len(text) for text in column) for column in zip(header, *cells, strict=True)]
+    left = [all(isinstance(row.get(key), str | None) for row in rows) for key in header]
+    for line in [header, ["-" * width for width in widths], *cells]:
+        columns = zip(line, widths, left, strict=True)
+        print("  ".join(text.ljust(width) if to_left else text.rjust(width) for text, width, to_left in columns).rstrip())
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path):
+    """Yield a temporary name beside `path`; moved to `path` when the block ends well, removed when it does not.
+
+    What a process left that was killed while it wrote is removed by the next one that writes the same file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.part*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(f".{path.name}.").split(".")[0])):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_results(file: str, args: argparse.Namespace, rows: list[dict]) -> Path:
+    """Write rows, flags, machine and versions to results/<script>.json; `file` is the script's __file__."""
+    path = RESULTS / f"{Path(file).stem}.json"
+    content = {
+        "script": Path(file).name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine_facts(args.device),
+        "versions": versions(),
+        "flags": vars(args),
+        "rows": rows,
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    print(f"wrote {display_path(path)}")
+    return path
+
+
+def save_figure(figure: plt.Figure, file: str, name: str, args: argparse.Namespace, note: str = "") -> Path:
+    """Write results/<script>_<name>.png with machine, versions and `note` (what n is) in the footer; show it with -show."""
+    path = RESULTS / f"{Path(file).stem}_{name}.png"
+    machine, packages = machine_facts(args.device), versions()
+    footer = f"{machine['cpu']}, {machine['usable_cpus']} usable CPUs, {machine['device']}; torch {packages['torch']}; {note}".rstrip("; ")
+    figure.text(0.01, 0.005, textwrap.fill(footer, 110), fontsize=6, color="grey", va="bottom")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    print(f"wrote {display_path(path)}")
+    if args.show and matplotlib.get_backend().lower() == "agg":
+        print("-show: there is no screen here; open the file instead")
+    elif args.show:
+        plt.show()
+    plt.close(figure)
+    return path
+
+
+def display_path(path: Path) -> str:
+    """Path as the user would type it: relative to the working folder where it lies below it."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

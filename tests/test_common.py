@@ -1,0 +1,166 @@
+"""common.py: flags in every spelling, errors of one line, honest timing, tables, files that are whole or absent."""
+
+import errno
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import common
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def parser():
+    made = common.new_parser("Doc.")
+    made.add_argument("-num_workers", type=common.non_negative_int, nargs="+", default=[2])
+    made.add_argument("-path_to_folder")
+    return made
+
+
+@pytest.mark.parametrize(
+    "words", [["-num_workers", "4"], ["--num_workers", "4"], ["--num-workers", "4"], ["-num-workers=4"], ["--num-workers=4"]]
+)
+def test_a_flag_is_taken_in_every_spelling(parser, words):
+    assert common.parse(parser, words).num_workers == [4]
+
+
+def test_values_keep_their_hyphens(parser):
+    assert common.parse(parser, ["--path-to-folder=a-b/--c", "-seed", "3"]).path_to_folder == "a-b/--c"
+    assert common.parse(parser, ["-path_to_folder", "lfw-deep-funneled"]).path_to_folder == "lfw-deep-funneled"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-num_workers", "-1"], ["-num_workers", "'-1'", "at least 0"]),
+        (["-num_workers", "two"], ["-num_workers", "'two'", "whole number"]),
+        (["-num_worker", "2"], ["-num_worker", "there is no flag -num_worker, did you mean -num_workers?"]),
+        (["-device", "tpu"], ["-device", "'tpu'", "cpu"]),
+        (["-num_threads", "0"], ["-num_threads", "'0'", "at least 1"]),
+    ],
+)
+def test_a_wrong_flag_ends_with_2_and_one_line(parser, capsys, words, said):
+    with pytest.raises(SystemExit) as stop:
+        common.parse(parser, words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    assert all(part in error for part in said)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_here_is_refused(parser, capsys):
+    with pytest.raises(SystemExit):
+        common.parse(parser, ["-device", "cuda"])
+    assert "cuda is not available here; available: cpu" in capsys.readouterr().err
+
+
+def test_the_seed_makes_a_run_repeat(parser):
+    common.parse(parser, ["-seed", "5"])
+    first = torch.rand(3)
+    common.parse(parser, ["-seed", "5"])
+    assert torch.equal(first, torch.rand(3))
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("common.InputError('x.jpg cannot be read')", "error: x.jpg cannot be read\n"),
+        (
+            "common.InputError('Caught it\\nTraceback\\ncommon.InputError: x.jpg cannot be read')",
+            "error: x.jpg cannot be read\n",
+        ),
+        ("OSError(28, 'No space left on device', 'big.rgb')", "error: the disk is full (big.rgb): free some space and run again\n"),
+        (
+            "RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')",
+            "error: DataLoader worker (pid 7) is killed",
+        ),
+    ],
+)
+def test_what_a_user_can_mend_is_said_in_one_sentence(raised, said):
+    code = f"import common; common.parse(common.new_parser(''), []); raise {raised}"
+    run = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(said) and run.stderr.count("\n") == 1
+
+
+def test_a_defect_of_ours_keeps_its_traceback(capsys):
+    common.one_sentence(KeyError, KeyError("img"), None)
+    assert "KeyError: 'img'" in capsys.readouterr().err
+
+
+def test_measure_sees_a_sleep_and_counts_its_runs():
+    timing = common.measure(lambda: time.sleep(0.02), CPU, repeats=3)
+    assert len(timing.runs_ms) == 3
+    assert min(timing.runs_ms) >= 20 and timing.median_ms == statistics.median(timing.runs_ms)
+    assert timing.sd_ms == pytest.approx(statistics.stdev(timing.runs_ms))
+
+
+def test_alternating_measurement_keeps_the_order_of_costs():
+    timings = common.measure_alternately({"short": lambda: time.sleep(0.005), "long": lambda: time.sleep(0.02)}, CPU, repeats=3)
+    assert timings["short"].median_ms < timings["long"].median_ms
+
+
+def test_the_spread_is_that_of_a_sample():
+    assert common.spread([1.0, 3.0]) == pytest.approx(2**0.5)
+    assert common.spread([1.0]) == 0
+
+
+def test_a_table_is_aligned(capsys):
+    common.print_table([{"rung": "a", "images_per_s": 1234.56, "n": 50000}, {"rung": "long name", "images_per_s": 0.0123456, "n": None}])
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(line) for line in lines] == [len(lines[0])] * 4
+    assert lines[2].split() == ["a", "1,235", "50,000"] and lines[3].split() == ["long", "name", "0.01235", "-"]
+
+
+def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(OSError, match="No space"), common.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    path = tmp_path / "a.rgb"
+    code = f"""
+import os, pathlib, common
+with common.atomic_path(pathlib.Path({str(path)!r})) as temporary:
+    temporary.write_bytes(b'half')
+    os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=common.ROOT)
+    assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
+    with common.atomic_path(path) as temporary:
+        temporary.write_bytes(b"whole")
+    assert [left.name for left in tmp_path.iterdir()] == ["a.rgb"] and path.read_bytes() == b"whole"
+
+
+def test_results_name_machine_versions_and_flags(parser, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    args = common.parse(parser, ["-seed", "9"])
+    content = json.loads(common.save_results("some/where/script.py", args, [{"latency_ms": 1.5}]).read_text())
+    assert set(content) == {"script", "created", "machine", "versions", "flags", "rows"}
+    assert content["script"] == "script.py" and content["flags"]["seed"] == 9 and content["rows"] == [{"latency_ms": 1.5}]
+    assert content["versions"]["torch"] == torch.__version__.split("+")[0] and content["machine"]["usable_cpus"] >= 1
+
+
+def test_a_figure_is_a_png_with_the_script_in_its_name(parser, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    path = common.save_figure(plt.figure(), "some/script.py", "rates", common.parse(parser, []), "n = 5")
+    assert path.name == "script_rates.png" and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_screen_is_said_when_a_window_is_asked_for(parser, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common.matplotlib, "get_backend", lambda: "agg")
+    common.save_figure(plt.figure(), "script.py", "rates", common.parse(parser, ["-show"]))
+    assert "open the file instead" in capsys.readouterr().out
