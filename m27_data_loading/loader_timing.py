@@ -1,0 +1,186 @@
+"""How `lfw_dataset.py -get_timing` measures a loader, draws the measurement and names the bottleneck.
+
+A pass has two parts that must not be mixed: starting the workers (once an epoch, unless they are kept alive) and loading. Each
+worker therefore writes down when it is ready; the clock of the steady state runs from the moment the last one is, until
+the last batch has arrived. Stopping the workers is outside the clock.
+"""
+
+import functools
+import itertools
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import psutil
+import torch
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from common import measure, spread
+from machine import usable_cpus
+
+COLOURS = {"simple": "tab:blue", "complex": "tab:orange"}
+
+
+def note_start(ready: torch.Tensor, worker: int) -> None:
+    """DataLoader's worker_init_fn: write the time into shared memory, seen by the main process."""
+    ready[worker] = time.time()
+
+
+def watch_start(num_workers: int) -> tuple[torch.Tensor, functools.partial]:
+    """Shared memory for the workers' start times (s since the epoch), and the worker_init_fn that fills it."""
+    ready = torch.zeros(max(1, num_workers), dtype=torch.float64).share_memory_()
+    return ready, functools.partial(note_start, ready)
+
+
+def time_pass(loader: DataLoader, ready: torch.Tensor, batches_to_check: int, skipped: set) -> dict:
+    """Iterate over exactly `batches_to_check` batches, or all there are; images, batches, start-up and steady state in s."""
+    images = batches = 0
+    begin = time.time()
+    iterator = iter(loader)  # the workers are started here
+    for batch, broken in itertools.islice(iterator, batches_to_check):
+        images += len(batch)
+        batches += 1
+        skipped.update(broken)
+    end = time.time()
+    del iterator  # ... and stopped here, outside the clock
+    startup_s = max(0.0, ready.max().item() - begin)  # 0 for workers kept alive, which were ready before
+    return {"images": images, "batches": batches, "startup_s": startup_s, "images_per_s": images / (end - begin - startup_s)}
+
+
+def time_loaders(loaders: dict, batches_to_check: int, passes: int, skipped: set) -> list[dict]:
+    """Time each of `loaders`, {(num_workers, augment): (loader, ready)}, `passes` times in turn; one row a loader.
+
+    In turn, A B A B, so that a machine that gets slower meanwhile gets slower for all of them.
+    """
+    runs = {key: [] for key in loaders}
+    with tqdm(total=passes * len(loaders), desc="timed passes", unit="pass") as progress:
+        for _ in range(passes):
+            for key, (loader, ready) in loaders.items():
+                progress.set_postfix_str(f"{key[0]} workers, {key[1]}")
+                runs[key].append(time_pass(loader, ready, batches_to_check, skipped))
+                progress.update()
+    return [summary(*key, rows) for key, rows in runs.items()]
+
+
+def summary(num_workers: int, augment: str, runs: list[dict]) -> dict:
+    """One row of results out of the passes of one loader."""
+    rates = [run["images_per_s"] for run in runs]
+    return {
+        "num_workers": num_workers,
+        "augment": augment,
+        "batches": runs[0]["batches"],
+        "images_per_s": statistics.median(rates),
+        "mean_images_per_s": statistics.mean(rates),
+        "sd_images_per_s": spread(rates),
+        "startup_s": statistics.median(run["startup_s"] for run in runs),
+        "passes": len(runs),
+        "runs_images_per_s": rates,
+    }
+
+
+# ---- what to expect, and where the time went ---------------------------------------------------------------------------
+
+
+def warn_about(args, images: int) -> None:
+    """Say before the run what will not help or may fail: idle workers, too few cores, too little shared memory, no GPU to pin for."""
+    most, usable = max(args.num_workers), usable_cpus()
+    batches = -(-images // args.batch_size)
+    if most > batches:
+        print(f"warning: {most} workers for {batches} batches: a worker loads whole batches, so {most - batches} of them stay idle")
+    if most > usable:
+        print(f"warning: {most} workers on {usable} usable CPUs: they take turns, so expect no gain beyond {usable} workers")
+    if args.pin_memory and args.device.type != "cuda":
+        print("warning: -pin_memory serves the copy to a CUDA device and there is none here, so it is left out")
+        args.pin_memory = False
+    needed = most * args.prefetch_factor * args.batch_size * 3 * (args.resize or 250) ** 2 * 4  # bytes, float32
+    if Path("/dev/shm").is_dir() and (free := shutil.disk_usage("/dev/shm").free) < needed:
+        print(
+            f"warning: batches in flight may take {needed / 1e6:,.0f} MB of shared memory, /dev/shm has {free / 1e6:,.0f}: workers may die;"
+        )
+        print("         take fewer workers or a smaller -batch_size, or start the container with more (docker run --shm-size)")
+
+
+def stage_costs(files: list[str], load_rgb, augment, device: torch.device) -> dict[str, float]:
+    """Microseconds an image of each stage on one core, over a few files: read, decode, augment, to tensor, transfer."""
+    decoded = [load_rgb(file) for file in files]
+    tensors = [to_tensor(image) for image in decoded]
+    shape = (len(tensors), *tensors[0].shape)
+
+    def hand_over():  # what a worker does: stack the batch into shared memory that is new each time
+        return torch.stack(tensors, out=torch.empty(shape).share_memory_())
+
+    stages = {
+        "read": lambda: [Path(file).read_bytes() for file in files],
+        "read + decode": lambda: [load_rgb(file) for file in files],
+        "augmentation": lambda: [augment(image) for image in decoded],
+        "to tensor": lambda: [to_tensor(image) for image in decoded],
+        "transfer": hand_over,
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    costs = {name: measure(stage, device).median_ms * 1e3 / len(files) for name, stage in stages.items()}
+    torch.set_num_threads(threads)
+    costs["decode"] = max(0.0, costs.pop("read + decode") - costs["read"])
+    return costs
+
+
+def explain(row: dict, costs: dict[str, float]) -> str:
+    """Two sentences: where an image's time goes, and what the measured rate says about it."""
+    total = sum(costs.values())
+    slowest = max(costs, key=costs.get)
+    parts = ", ".join(f"{name} {cost:.0f}" for name, cost in sorted(costs.items(), key=lambda item: -item[1]))
+    busy = max(1, min(row["num_workers"], usable_cpus()))
+    possible = busy * 1e6 / total
+    text = f"{row['augment']}: an image costs {total:.0f} us on one core ({parts}). "
+    text += f"The bottleneck is {slowest}, {costs[slowest] / total:.0%}.\n"
+    text += (
+        f"  {busy} CPU(s) could so load {possible:,.0f} images/s; measured with {row['num_workers']} workers: {row['images_per_s']:,.0f}."
+    )
+    if row["startup_s"] > 0.1:
+        text += f" Starting the workers takes {row['startup_s']:.2f} s more in each epoch; -persistent_workers pays it once."
+    return text
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+def plot_sweep(rows: list[dict]) -> plt.Figure:
+    """Images/s over workers: every run a dot, the median a line, one sd as bar, the ideal line, physical and usable cores."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for augment in dict.fromkeys(row["augment"] for row in rows):
+        mine = sorted((row for row in rows if row["augment"] == augment), key=lambda row: row["num_workers"])
+        workers = [row["num_workers"] for row in mine]
+        colour = COLOURS[augment]
+        for row in mine:  # a little to the left, so that the bar does not hide them
+            axes.plot([row["num_workers"] - 0.06] * row["passes"], row["runs_images_per_s"], ".", color=colour, alpha=0.5, markersize=7)
+        medians, deviations = ([row[key] for row in mine] for key in ("images_per_s", "sd_images_per_s"))
+        axes.errorbar(workers, medians, yerr=deviations, color=colour, capsize=4, label=f"{augment} augmentation: median, sd")
+        base = next((row for row in mine if row["num_workers"] == 1), None)
+        if base and len(mine) > 1:
+            ideal = [row["num_workers"] for row in mine if row["num_workers"] >= 1]
+            axes.plot(
+                ideal, [base["images_per_s"] * n for n in ideal], "--", color=colour, linewidth=1, alpha=0.6, label="ideal: n x one worker"
+            )
+    mark_cores(axes)
+    axes.set(xlabel="number of workers (0: the main process loads)", ylabel="images/s, steady state", ylim=(0, None))
+    axes.set_xticks(sorted({row["num_workers"] for row in rows}))
+    axes.legend(fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure
+
+
+def mark_cores(axes: plt.Axes) -> None:
+    """Vertical lines at the physical cores and at the CPUs this process may use; one line where both are the same."""
+    usable, physical_cores = usable_cpus(), psutil.cpu_count(logical=False)
+    marks = {usable: "usable CPUs"}
+    if physical_cores:
+        marks[physical_cores] = "physical cores" if physical_cores != usable else "physical = usable cores"
+    for cores, text in marks.items():
+        axes.axvline(cores, color="grey", linestyle=":", linewidth=1)
+        axes.text(cores, 1.01, f"{cores} {text}", color="grey", fontsize=7, ha="center", va="bottom", transform=axes.get_xaxis_transform())
