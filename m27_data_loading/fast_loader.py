@@ -1,0 +1,252 @@
+"""A loader near the machine's limit: threads, a compiled augmentation, and memory that is used again.
+
+    loader = FastLoader("data/lfw", batch_size=512, seed=0)
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        for images in loader:                  # float32 (n, 3, height, width) in [0, 1]
+            ...                                # valid until the next batch is asked for; images.clone() keeps it
+
+It yields what the exercise's DataLoader yields, shuffled and with the same augmentation, RandomAffine(5, (0.1, 0.1), (0.5, 2.0)).
+Four things make it fast; `loading_ladder.py` measures each of them:
+
+* Threads, not processes: JPEG decoder and augmentation release the GIL, and nothing has to be sent from one process to another.
+* simplejpeg (libjpeg-turbo) decodes into a buffer that stays; PIL allocates and copies.
+* One compiled loop (numba) does warp, conversion to float and change of layout; PIL and torch need four passes over the image.
+* The batches lie in a ring of buffers. A fresh batch of 512 images is 384 MB that the operating system has to map and clear,
+  page by page, before the first number can be written.
+"""
+
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from common import InputError
+from m27_data_loading.lfw_dataset import find_images, load_rgb
+from m27_data_loading.pixel_cache import open_cache
+from machine import usable_cpus
+
+try:
+    from numba import njit
+except ImportError:  # the same loader, several times slower: PIL warps then
+    njit = None
+try:
+    from simplejpeg import decode_jpeg
+except ImportError:  # PIL decodes then
+    decode_jpeg = None
+
+DEGREES, SHIFT, ZOOM = 5, 0.1, (0.5, 2.0)  # of the exercise's RandomAffine
+RING = 3  # one batch in use, two being filled
+TASK = 16  # images a thread takes at once: few enough to share the work evenly, enough to make the bookkeeping cheap
+
+
+# ---- the augmentation ------------------------------------------------------------------------------------------------
+
+
+def random_affine(rng: np.random.Generator, n: int, height: int, width: int) -> np.ndarray:
+    """Parameters of n draws from RandomAffine(5, (0.1, 0.1), (0.5, 2.0)): (n, 4) of degrees, right, down in pixels, zoom."""
+    angle = rng.uniform(-DEGREES, DEGREES, n)
+    right = np.round(rng.uniform(-SHIFT * width, SHIFT * width, n))
+    down = np.round(rng.uniform(-SHIFT * height, SHIFT * height, n))
+    return np.stack([angle, right, down, rng.uniform(*ZOOM, n)], axis=1)
+
+
+def inverse_matrices(parameters: np.ndarray, height: int, width: int) -> np.ndarray:
+    """For each output pixel the input pixel it shows: (n, 6) matrices a b c d e f in 16.16 fixed point, as PIL computes them.
+
+    x_in = (a x + b y + c) >> 16 and y_in = (d x + e y + f) >> 16, rotation and zoom about the image's centre, the pixel's centre
+    at + 0.5. Fixed point is PIL's choice (libImaging/Geometry.c, affine_fixed); with it our pixels are the same as PIL's.
+    """
+    angle, right, down, zoom = parameters.T
+    cos, sin = np.cos(np.radians(angle)) / zoom, np.sin(np.radians(angle)) / zoom
+    x, y = width * 0.5, height * 0.5
+    c = cos * (-x - right) + sin * (-y - down) + x
+    f = -sin * (-x - right) + cos * (-y - down) + y
+    c, f = c + cos * 0.5 + sin * 0.5, f - sin * 0.5 + cos * 0.5
+    return np.floor(np.stack([cos, sin, c, -sin, cos, f], axis=1) * 65536 + 0.5).astype(np.int64)
+
+
+def _inside(start: int, step: int, size: int, length: int) -> tuple[int, int]:
+    """First x and the one after the last, of 0 ... length - 1, for which 0 <= (start + step * x) >> 16 < size."""
+    last = (size << 16) - 1
+    if step == 0:
+        return (0, length) if 0 <= start <= last else (0, 0)
+    if step > 0:
+        first, end = -(start // step), (last - start) // step + 1
+    else:
+        first, end = -((last - start) // -step), start // -step + 1
+    return min(max(first, 0), length), min(max(end, 0), length)
+
+
+def _warp_into(words: np.ndarray, matrix: np.ndarray, out: np.ndarray) -> None:
+    """Warp one image and write it as float32: nearest pixel, black outside, divided by 255.
+
+    words: (height, width) uint32, the image's pixels, red in the lowest byte (see `as_words`); matrix: 6 int64 of
+    `inverse_matrices`; out: (3, height, width) float32. One row at a time: the part of the row that lies inside the image is
+    computed, so that no pixel needs a test; its pixels are collected, then split into the three planes by vector instructions.
+    """
+    height, width = words.shape
+    a, b, c, d, e, f = matrix
+    row = np.empty(out.shape[2], np.uint32)
+    for y in range(out.shape[1]):
+        x_in, y_in = c + b * y, f + e * y
+        first_x, end_x = inside(x_in, a, width, row.size)
+        first_y, end_y = inside(y_in, d, height, row.size)
+        first, end = max(first_x, first_y), max(max(first_x, first_y), min(end_x, end_y))
+        row[:first] = 0
+        row[end:] = 0
+        x_in += a * first
+        y_in += d * first
+        for x in range(first, end):
+            row[np.uint64(x)] = words[np.uint64(y_in >> 16), np.uint64(x_in >> 16)]  # unsigned: no test for negative indices
+            x_in += a
+            y_in += d
+        for channel in range(3):
+            line = out[channel, y]
+            shift = np.uint32(8 * channel)
+            for x in range(row.size):
+                line[x] = np.float32(np.int32((row[x] >> shift) & np.uint32(255))) / np.float32(255)
+
+
+def warp_with_numpy(words: np.ndarray, matrix: np.ndarray, out: np.ndarray) -> None:
+    """What `warp_into` computes, in whole-image steps of NumPy: shorter, and used where numba is missing."""
+    height, width = words.shape
+    y, x = np.mgrid[: out.shape[1], : out.shape[2]]
+    x_in, y_in = ((step_x * x + step_y * y + start) >> 16 for step_x, step_y, start in matrix.reshape(2, 3))
+    shown = (x_in >= 0) & (x_in < width) & (y_in >= 0) & (y_in < height)
+    pixels = np.where(shown, words[y_in.clip(0, height - 1), x_in.clip(0, width - 1)], 0)
+    for channel in range(3):
+        np.divide(pixels >> (8 * channel) & 255, np.float32(255), out=out[channel], casting="same_kind")
+
+
+if njit:
+    inside = njit(nogil=True, cache=True)(_inside)
+    warp_into = njit(nogil=True, cache=True)(_warp_into)
+else:
+    warp_into = warp_with_numpy
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def as_words(pixels: np.ndarray, height: int, width: int, offset: int = 0) -> np.ndarray:
+    """See RGB bytes as one 32-bit number a pixel: its three bytes and the first of the next pixel, which nobody looks at.
+
+    The reader gets all three colours with one load instead of three. The last pixel reaches one byte beyond the image, so
+    `pixels`, uint8, holds one byte more than the images in it.
+    """
+    return np.ndarray((height, width), np.uint32, pixels, offset=offset, strides=(3 * width, 3))
+
+
+def decode_into(path: str, pixels: np.ndarray) -> None:
+    """Decode a file into `pixels`, (height, width, 3) uint8; what libjpeg-turbo does not take is left to PIL."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - Path.read_bytes is 3 us slower, 2 % of a decode
+            shape = decode_jpeg(file.read(), "RGB", buffer=pixels).shape if decode_jpeg else None
+    except (ValueError, OSError):  # no JPEG, CMYK, truncated, or larger than the buffer
+        shape = None
+    if shape is None:
+        image = np.asarray(load_rgb(path))
+        shape = image.shape
+        if shape == pixels.shape:
+            pixels[:] = image
+    if shape != pixels.shape:
+        (height, width), (wanted_height, wanted_width) = shape[:2], pixels.shape[:2]
+        raise InputError(
+            f"{path} has {width}x{height} pixels, the first image {wanted_width}x{wanted_height}: resize them to one size first"
+        )
+
+
+# ---- the loader ------------------------------------------------------------------------------------------------------
+
+
+class FastLoader:
+    """Iterable of shuffled, augmented float32 batches (n, 3, height, width) in [0, 1] of the .jpg files below `folder`.
+
+    A batch is valid until the next one is asked for: its memory is then filled again. `images.clone()` keeps it.
+    What comes is a pure function of (seed, epoch), whatever the number of threads; 0 threads means one for each CPU that this
+    process may use, limit=n the first n images only. With cache=True the decoded pixels are read
+    from a file of raw pixels, made on first use. One iteration at a time; a broken image ends it with an InputError.
+    """
+
+    def __init__(self, folder, batch_size=512, threads=0, seed=0, shuffle=True, cache=False, limit=None):
+        self.files = find_images(folder)[:limit].tolist()
+        self.batch_size, self.seed, self.shuffle = min(batch_size, len(self.files)), seed, shuffle
+        self.threads = threads or usable_cpus()
+        self.epoch = 0
+        self.width, self.height = load_rgb(self.files[0]).size
+        self.cache = open_cache(folder, self.files, (self.height, self.width, 3), decode_into, self.threads) if cache else None
+        self.ring = [torch.from_numpy(np.zeros((self.batch_size, 3, self.height, self.width), np.float32)) for _ in range(RING)]
+        self.own = threading.local()  # a decoding buffer for each thread
+        self.busy = False
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields: its order and its augmentation."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        rng = np.random.default_rng((self.seed, self.epoch))
+        n = len(self.files)
+        order = rng.permutation(n) if self.shuffle else np.arange(n)
+        matrices = inverse_matrices(random_affine(rng, n, self.height, self.width), self.height, self.width)
+        return self.batches(order, matrices)
+
+    def batches(self, order: np.ndarray, matrices: np.ndarray):
+        """Yield the images `order`, each warped by its row of `matrices`, in batches; RING - 1 batches are filled ahead."""
+        if self.busy:
+            raise RuntimeError("this FastLoader is being iterated over already: its memory serves one iteration at a time")
+        self.busy = True
+        pool = ThreadPoolExecutor(self.threads)
+        waiting = deque()
+        try:
+            for number, start in enumerate(range(0, len(order), self.batch_size)):
+                chosen = slice(start, start + self.batch_size)
+                waiting.append(self.start_batch(pool, self.buffer(number), order[chosen], matrices[chosen]))
+                if len(waiting) == RING:
+                    yield finished(*waiting.popleft())
+            while waiting:
+                yield finished(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self.busy = False
+
+    def buffer(self, number: int) -> torch.Tensor:
+        """Memory for a batch: that of the batch before the last, which nobody may use any more."""
+        return self.ring[number % RING]
+
+    def start_batch(self, pool: ThreadPoolExecutor, buffer: torch.Tensor, chosen: np.ndarray, matrices: np.ndarray) -> tuple:
+        """Hand a batch to the threads, TASK images each; the batch and what to wait for."""
+        batch = buffer[: len(chosen)]
+        out = batch.numpy()
+        parts = [slice(start, start + TASK) for start in range(0, len(chosen), TASK)]
+        return batch, [pool.submit(self.fill, out[part], chosen[part], matrices[part]) for part in parts]
+
+    def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
+        """A thread's work: decode the images `chosen` one by one and warp each into its place in the batch."""
+        for image, index, matrix in zip(out, chosen, matrices, strict=True):
+            warp_into(self.words(index), matrix, image)
+
+    def words(self, index: int) -> np.ndarray:
+        """The pixels of one image as 32-bit words, from the cache or decoded into this thread's buffer."""
+        size = self.height * self.width * 3
+        if self.cache is not None:
+            return as_words(self.cache, self.height, self.width, offset=int(index) * size)
+        if not hasattr(self.own, "pixels"):
+            self.own.pixels = np.empty(size + 1, np.uint8)
+        decode_into(self.files[index], self.own.pixels[:size].reshape(self.height, self.width, 3))
+        return as_words(self.own.pixels, self.height, self.width)
+
+
+def finished(batch: torch.Tensor, tasks: list) -> torch.Tensor:
+    """The batch, once all its tasks have ended; an error in one of them is raised here."""
+    for task in tasks:
+        task.result()
+    return batch

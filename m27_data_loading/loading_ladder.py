@@ -1,0 +1,271 @@
+"""From the exercise's DataLoader to the limit of the machine, one change a rung, and what each change is worth.
+
+    python m27_data_loading/loading_ladder.py                               on drawn sample faces
+    python m27_data_loading/loading_ladder.py -path_to_folder data/lfw      on the real LFW: about 6 minutes on two cores
+    python m27_data_loading/loading_ladder.py -path_to_folder data/lfw -peers    ... beside other libraries' loaders
+
+Every rung delivers the same: shuffled float32 batches (n, 3, height, width) in [0, 1] after RandomAffine(5, (0.1, 0.1), (0.5, 2.0)).
+Before anything is timed, the compiled augmentation is compared with torchvision's, value by value. All rungs are timed in one
+run, one epoch each in turn, so that their ratios hold on a machine whose speed drifts.
+
+How to read the table: x_before is the gain over the rung before, x_naive over the first; of_ceiling is the share of what the
+machine can do at most for that work: decode every file and write every batch on all cores, with nothing in between (a rung that
+reads decoded pixels is held against the writing alone). page_faults counts how often the operating system had to supply a page
+of memory, 4 kB as a rule, during an epoch: a batch of 512 in fresh memory is 93,750 of them, in used memory none.
+"""
+
+import statistics
+import sys
+import time
+from multiprocessing import active_children
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from torchvision.transforms import functional
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from common import new_parser, parse, positive_int, print_table, save_figure, save_results
+from m27_data_loading.fast_loader import FastLoader, as_words, decode_into, inverse_matrices, random_affine, warp_into
+from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, default_folder, load_rgb
+from machine import usable_cpus
+
+# ---- the rungs -------------------------------------------------------------------------------------------------------
+
+
+class FasterDecoder(LFWDataset):
+    """The exercise's data set with simplejpeg in the place of PIL's decoder; PIL still warps."""
+
+    def __init__(self, path_to_folder, transform):
+        super().__init__(path_to_folder, transform)
+        width, height = load_rgb(str(self.files[0])).size
+        self.shape = (height, width, 3)
+
+    def pixels(self, index: int) -> np.ndarray:
+        pixels = np.empty(np.prod(self.shape) + 1, np.uint8)  # one byte more: see as_words
+        decode_into(str(self.files[index]), pixels[:-1].reshape(self.shape))
+        return pixels
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(Image.fromarray(self.pixels(index)[:-1].reshape(self.shape)))
+
+
+class CompiledAugmentation(FasterDecoder):
+    """Warp, division and change of layout in one compiled loop; no PIL image and no ToTensor any more."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        height, width, _ = self.shape
+        rng = np.random.default_rng(torch.randint(2**63 - 1, ()).item())  # torch's generator differs by worker and epoch
+        matrix = inverse_matrices(random_affine(rng, 1, height, width), height, width)[0]
+        out = torch.empty(3, height, width)
+        warp_into(as_words(self.pixels(index), height, width), matrix, out.numpy())
+        return out
+
+
+class FreshMemory(FastLoader):
+    """Threads in the place of worker processes; each batch still lies in memory fresh from the operating system."""
+
+    def buffer(self, number: int) -> torch.Tensor:
+        return torch.empty(self.batch_size, 3, self.height, self.width)
+
+
+def build_rungs(folder: Path, batch_size: int, workers: int, seed: int, limit: int | None = None) -> dict:
+    """The loaders by name, from the exercise's to the fastest; of the first `limit` images, or of all."""
+    augment = transforms.Compose([AUGMENTATIONS["simple"], transforms.ToTensor()])
+
+    def loader(dataset, **options):
+        images = Subset(dataset, range(min(limit or len(dataset), len(dataset))))
+        generator = torch.Generator().manual_seed(seed)
+        return DataLoader(images, batch_size, shuffle=True, num_workers=workers, generator=generator, **options)
+
+    threaded = {"batch_size": batch_size, "threads": workers, "seed": seed, "limit": limit}
+    return {
+        "the exercise": loader(LFWDataset(folder, augment)),
+        "+ workers kept alive": loader(LFWDataset(folder, augment), persistent_workers=True),
+        "+ faster decoder": loader(FasterDecoder(folder, augment), persistent_workers=True),
+        "+ compiled augmentation": loader(CompiledAugmentation(folder, None), persistent_workers=True),
+        "+ threads": FreshMemory(folder, **threaded),
+        "+ memory used again": FastLoader(folder, **threaded),
+        "+ decoded pixels on disk": FastLoader(folder, **threaded, cache=True),
+    }
+
+
+# ---- the ceilings: the fast loader with work left out ----------------------------------------------------------------
+
+
+class DecodeOnly(FastLoader):
+    def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
+        for index in chosen:
+            self.words(index)
+
+
+class WriteOnly(FastLoader):
+    def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
+        for image in out:
+            image.fill(0.5)
+
+
+class DecodeAndWrite(FastLoader):
+    def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
+        for image, index in zip(out, chosen, strict=True):
+            self.words(index)
+            image.fill(0.5)
+
+
+CEILINGS = {"decode alone": DecodeOnly, "write alone": WriteOnly, "decode and write": DecodeAndWrite}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def prove_equal(files: list[str], seed: int) -> int:
+    """Warp `files` with fixed parameters, compiled and by torchvision, and compare each value; the number compared."""
+    width, height = load_rgb(files[0]).size
+    parameters = random_affine(np.random.default_rng(seed), len(files), height, width)
+    ours = np.empty((3, height, width), np.float32)
+    pixels = np.empty(height * width * 3 + 1, np.uint8)
+    differing = 0
+    for file, (angle, right, down, zoom), matrix in zip(files, parameters, inverse_matrices(parameters, height, width), strict=True):
+        theirs = functional.to_tensor(functional.affine(load_rgb(file), angle, [right, down], zoom, [0.0, 0.0])).numpy()
+        decode_into(file, pixels[:-1].reshape(height, width, 3))
+        warp_into(as_words(pixels, height, width), matrix, ours)
+        differing += int((ours != theirs).sum())
+    print(f"equality   {differing} of {ours.size * len(files):,} values differ between the compiled augmentation and torchvision's")
+    if differing:
+        raise RuntimeError("the rungs do not compute the same: their speeds cannot be compared")
+    return ours.size * len(files)
+
+
+def page_faults() -> int | None:
+    """Pages of memory that the system has supplied so far to this process and its workers, dead or alive; None where not told."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().num_page_faults
+    faults = sum(resource.getrusage(who).ru_minflt for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    for worker in active_children():
+        status = Path(f"/proc/{worker.pid}/stat")
+        if status.exists():
+            faults += int(status.read_text().rsplit(")", 1)[1].split()[7])  # minflt of man 5 proc
+    return faults
+
+
+def time_epoch(loader, epoch: int) -> dict:
+    """One whole epoch, start of the workers included: images, images/s, page faults."""
+    if isinstance(loader, FastLoader):
+        loader.set_epoch(epoch)
+    faults, begin = page_faults(), time.perf_counter()
+    images = sum(len(batch) for batch in loader)
+    seconds = time.perf_counter() - begin
+    return {"images": images, "images_per_s": images / seconds, "page_faults": page_faults() - faults}
+
+
+def time_all(loaders: dict, epochs: int) -> dict[str, list[dict]]:
+    """Time every loader for `epochs` epochs after one that does not count, A B C A B C ...; the runs by name."""
+    runs = {name: [] for name in loaders}
+    with tqdm(total=(epochs + 1) * len(loaders), desc="epochs", unit="epoch") as progress:
+        for epoch in range(epochs + 1):
+            for name, loader in loaders.items():
+                progress.set_postfix_str(name)
+                run = time_epoch(loader, epoch)
+                if epoch:
+                    runs[name].append(run)
+                progress.update()
+    return runs
+
+
+def ratio(runs: list[dict], base: list[dict]) -> list[float]:
+    """How much faster `runs` is than `base`, round by round, so that what slows both does not count."""
+    return [run["images_per_s"] / other["images_per_s"] for run, other in zip(runs, base, strict=True)]
+
+
+def table(runs: dict[str, list[dict]], rungs: list[str]) -> list[dict]:
+    """One row a rung or ceiling: the median of its epochs, and of its ratios in the same round."""
+    rows = []
+    for number, (name, mine) in enumerate(runs.items()):
+        ceiling = "write alone" if "disk" in name else "decode and write"
+        before = ratio(mine, runs[rungs[number - 1]]) if 0 < number < len(rungs) else None
+        rows.append(
+            {
+                "rung": name,
+                "images_per_s": statistics.median(run["images_per_s"] for run in mine),
+                "x_before": statistics.median(before) if before else None,
+                "clear": None if not before else "yes" if min(before) > 1 or max(before) < 1 else "no",
+                "x_naive": statistics.median(ratio(mine, runs[rungs[0]])),
+                "of_ceiling": statistics.median(ratio(mine, runs[ceiling])),
+                "page_faults": int(statistics.median(run["page_faults"] for run in mine)),
+                "runs_images_per_s": [run["images_per_s"] for run in mine],
+            }
+        )
+    return rows
+
+
+def plot_ladder(rows: list[dict]) -> plt.Figure:
+    """Bars of images/s from the exercise at the bottom to the ceilings at the top, every epoch a dot."""
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
+    for place, row in enumerate(rows):
+        ceiling = row["rung"] in CEILINGS
+        axes.barh(place, row["images_per_s"], color="lightgrey" if ceiling else "tab:blue", alpha=0.8)
+        axes.plot(row["runs_images_per_s"], [place] * len(row["runs_images_per_s"]), ".", color="black", markersize=4)
+        axes.text(row["images_per_s"], place + 0.28, f" {row['x_naive']:.1f}x", fontsize=7, va="center")
+    axes.set_yticks(range(len(rows)), [f"ceiling: {row['rung']}" if row["rung"] in CEILINGS else row["rung"] for row in rows])
+    axes.set(xlabel="images/s, one epoch (dots: every epoch; bar: median)")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    return figure
+
+
+def conclusions(rows: list[dict]) -> str:
+    """The figures in words: largest gain, fastest loader that decodes, gain of the cache; noise is called noise."""
+    by_name = {row["rung"]: row for row in rows}
+    best, cached = by_name["+ memory used again"], by_name["+ decoded pixels on disk"]
+    largest = max((row for row in rows if row["x_before"]), key=lambda row: row["x_before"])
+    unclear = [row["rung"] for row in rows if row["clear"] == "no"]
+    lines = [f"Largest gain of one change: {largest['rung']}, {largest['x_before']:.2f}x."]
+    if unclear:
+        lines.append(f"Faster in some rounds and slower in others, so noise: {', '.join(unclear)}.")
+    lines.append(
+        f"Fastest loader that decodes: {best['x_naive']:.1f}x the exercise's, {best['of_ceiling']:.2f} of decoding and writing alone; "
+        f"with decoded pixels {cached['images_per_s'] / best['images_per_s']:.2f}x that."
+    )
+    return "\n".join(lines)
+
+
+def main(args) -> list[dict]:
+    folder = args.path_to_folder or default_folder()
+    workers = args.num_workers or usable_cpus()
+    if args.quick:
+        args.batch_size, args.epochs = min(args.batch_size, 64), min(args.epochs, 2)
+    limit = 512 if args.quick else None
+    rungs = build_rungs(folder, args.batch_size, workers, args.seed, limit)
+    ceilings = {name: kind(folder, args.batch_size, workers, args.seed, limit=limit) for name, kind in CEILINGS.items()}
+    fastest = rungs["+ memory used again"]
+    for loader in [rungs["+ decoded pixels on disk"], *ceilings.values()]:
+        loader.ring = fastest.ring  # they run one after the other: one ring serves them all
+    size_mb = fastest.ring[0].nbytes / 1e6
+    print(f"data set   {len(fastest.files):,} images of {fastest.width}x{fastest.height} in {folder}; {workers} workers or threads")
+    print(f"memory     {len(fastest.ring)} batches of {size_mb:,.0f} MB in the ring; {2 * workers} in flight with worker processes")
+    prove_equal(fastest.files[:64], args.seed)
+    runs = time_all(rungs | ceilings, args.epochs)
+    return table(runs, list(rungs))
+
+
+if __name__ == "__main__":
+    parser = new_parser(__doc__)
+    flag = parser.add_argument
+    flag("-path_to_folder", help="folder of .jpg files (default: data/lfw where it was downloaded, else drawn sample faces)")
+    flag("-batch_size", type=positive_int, default=512, help="images a batch (default: 512)")
+    flag("-num_workers", type=positive_int, help="worker processes, or threads (default: the CPUs this process may use)")
+    flag("-epochs", type=positive_int, default=5, help="epochs timed of each rung, after one that is not (default: 5)")
+    flag("-peers", action="store_true", help="also time other libraries' loaders: those of requirements-peers.txt that are installed")
+    args = parse(parser)
+    rows = main(args)
+    print_table([{key: value for key, value in row.items() if key != "runs_images_per_s"} for row in rows])
+    print(conclusions(rows))
+    save_figure(plot_ladder(rows), __file__, "rungs", args, f"batch {args.batch_size}, {args.epochs} epochs of each in turn")
+    save_results(__file__, args, rows)

@@ -1,0 +1,68 @@
+"""Decoded images in one file of raw pixels: written once, then mapped into memory instead of decoded again.
+
+The file's name holds a fingerprint of the folder: names, sizes and modification times of all its images. A folder that changed
+has another fingerprint, so a stale file is never read; it is removed when its successor is complete. 13,233 LFW images of
+250 x 250 take 2.5 GB, against 0.1 GB of JPEGs: the price of not decoding.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from common import DATA, InputError, atomic_path, display_path
+
+
+def fingerprint(files: list[str]) -> str:
+    """16 hexadecimal digits that change when an image is added, removed, renamed or rewritten."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = os.stat(file)  # noqa: PTH116 - 13,000 Path objects take longer than the calls
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def open_cache(folder: str | Path, files: list[str], shape: tuple[int, int, int], decode_into, threads: int) -> np.ndarray:
+    """Map the pixels of `files`, each `shape` (height, width, 3), into memory; write them first where they are missing or stale.
+
+    Returns uint8, image after image and one byte more (see fast_loader.as_words). decode_into(file, pixels) decodes one image.
+    """
+    folder = Path(folder).resolve()
+    family = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    path = DATA / "cache" / f"{family}-{fingerprint(files)}.rgb"
+    size = len(files) * int(np.prod(shape)) + 1
+    if not path.is_file() or path.stat().st_size != size:
+        write_cache(path, files, shape, decode_into, threads, size)
+        for old in path.parent.glob(f"{family}-*.rgb"):
+            if old != path:
+                old.unlink()  # of an earlier state of this folder
+    return np.memmap(path, np.uint8, mode="r")
+
+
+def write_cache(path: Path, files: list[str], shape: tuple[int, int, int], decode_into, threads: int, size: int) -> None:
+    """Decode `files` on all threads and write them in order; the file appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise InputError(
+            f"the cache needs {size / 1e9:.1f} GB in {display_path(path.parent)} and {free / 1e9:.1f} are free: move COURSE_DATA"
+        )
+
+    def decoded(file: str) -> np.ndarray:
+        pixels = np.empty(shape, np.uint8)
+        decode_into(file, pixels)
+        return pixels
+
+    with atomic_path(path) as temporary, temporary.open("wb") as out, ThreadPoolExecutor(threads) as pool:
+        with tqdm(total=len(files), desc="writing decoded pixels", unit="image") as progress:
+            for start in range(0, len(files), 256):  # in portions, so that memory stays small
+                for pixels in pool.map(decoded, files[start : start + 256]):
+                    out.write(pixels)
+                    progress.update()
+        out.write(b"\0")

@@ -1,0 +1,257 @@
+"""fast_loader.py and pixel_cache.py: equal to torchvision, a pure function of the seed, bounded memory, whole files."""
+
+import errno
+import gc
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional
+
+from common import InputError
+from m27_data_loading import fast_loader, pixel_cache
+from m27_data_loading.fast_loader import FastLoader, as_words, decode_into, inverse_matrices, random_affine, warp_into, warp_with_numpy
+from m27_data_loading.lfw_dataset import find_images, load_rgb
+
+
+@pytest.fixture
+def loader(faces):
+    return FastLoader(faces, batch_size=8)
+
+
+@pytest.fixture
+def copy_of_faces(faces, tmp_path):
+    return Path(shutil.copytree(faces, tmp_path / "faces"))
+
+
+@pytest.fixture
+def cached(copy_of_faces, monkeypatch, tmp_path):
+    monkeypatch.setattr(pixel_cache, "DATA", tmp_path)
+    return lambda: FastLoader(copy_of_faces, batch_size=8, cache=True)
+
+
+def padded(image: np.ndarray) -> np.ndarray:
+    return np.append(image.reshape(-1), np.uint8(0))
+
+
+def expected(image: Image.Image, angle: float, right: float, down: float, zoom: float) -> np.ndarray:
+    return functional.to_tensor(functional.affine(image, angle, [right, down], zoom, [0.0, 0.0])).numpy()
+
+
+# ---- the augmentation ------------------------------------------------------------------------------------------------
+
+BY_HAND = [(0, 0, 0, 1), (0, 5, -3, 1), (90, 0, 0, 1), (45, 10, 10, 0.1), (-30, 0, 0, 9), (5, 200, 0, 1), (180, 1, 2, 0.5), (1e-9, 0, 0, 1)]
+
+
+@pytest.mark.parametrize("warp", [warp_into, warp_with_numpy])
+@pytest.mark.parametrize("shape", [(48, 64), (1, 1), (250, 3)])
+def test_every_value_is_torchvisions(warp, shape):
+    height, width = shape
+    rng = np.random.default_rng(1)
+    parameters = np.vstack([random_affine(rng, 60, height, width), np.array(BY_HAND, float)])
+    out = np.empty((3, height, width), np.float32)
+    for parameter, matrix in zip(parameters, inverse_matrices(parameters, height, width), strict=True):
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        out.fill(np.nan)
+        warp(as_words(padded(image), height, width), matrix, out)
+        np.testing.assert_array_equal(out, expected(Image.fromarray(image), *parameter), err_msg=str(parameter))
+
+
+def test_the_parameters_are_those_of_the_exercises_random_affine():
+    angle, right, down, zoom = random_affine(np.random.default_rng(0), 20_000, 100, 200).T
+    assert -5 <= angle.min() < -4.9 and 4.9 < angle.max() <= 5
+    assert (right.min(), right.max()) == (-20, 20) and (down.min(), down.max()) == (-10, 10)
+    assert np.array_equal(right, np.round(right)) and 0.5 <= zoom.min() < 0.51 and 1.99 < zoom.max() <= 2
+    assert math.isclose(zoom.mean(), 1.25, abs_tol=0.02)
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def test_decoded_pixels_are_pils(faces):
+    pixels = np.empty((48, 64, 3), np.uint8)
+    for file in find_images(faces):
+        decode_into(str(file), pixels)
+        np.testing.assert_array_equal(pixels, np.asarray(load_rgb(str(file))))
+
+
+@pytest.mark.parametrize("missing", ["decode_jpeg", "numba"])
+def test_without_a_compiled_part_the_batches_are_the_same(loader, monkeypatch, missing):
+    whole = torch.cat([batch.clone() for batch in loader])
+    if missing == "numba":
+        monkeypatch.setattr(fast_loader, "warp_into", warp_with_numpy)
+    else:
+        monkeypatch.setattr(fast_loader, "decode_jpeg", None)
+    assert torch.equal(whole, torch.cat([batch.clone() for batch in loader]))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_every_kind_of_image_is_taken(tmp_path, mode):
+    path = tmp_path / "a.jpg"
+    Image.new(mode, (8, 6)).save(path, "JPEG" if mode in ("L", "CMYK") else "PNG")
+    pixels = np.empty((6, 8, 3), np.uint8)
+    decode_into(str(path), pixels)
+    np.testing.assert_array_equal(pixels, np.asarray(load_rgb(str(path))))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (128, 100)])
+def test_another_size_is_named(copy_of_faces, size):
+    Image.new("RGB", size).save(copy_of_faces / "Person_09" / "odd.jpg")
+    with pytest.raises(InputError, match=rf"odd.jpg has {size[0]}x{size[1]} pixels, the first image 64x48"):
+        list(FastLoader(copy_of_faces, 8))
+
+
+def test_a_broken_image_is_named_and_the_loader_can_be_used_again(copy_of_faces):
+    broken = copy_of_faces / "Person_03" / "Person_03_0002.jpg"
+    whole = broken.read_bytes()
+    loader = FastLoader(copy_of_faces, 8)
+    broken.write_bytes(whole[:300])
+    with pytest.raises(InputError, match=broken.name):
+        list(loader)
+    broken.write_bytes(whole)
+    assert sum(len(batch) for batch in loader) == 30
+
+
+# ---- the loader ------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_holds_each_image_once(loader, monkeypatch):
+    asked = []
+    words = loader.words
+    monkeypatch.setattr(loader, "words", lambda index: asked.append(int(index)) or words(index))
+    shapes = [tuple(batch.shape) for batch in loader]
+    assert sorted(asked) == list(range(30))
+    assert shapes == [(8, 3, 48, 64)] * 3 + [(6, 3, 48, 64)] and len(loader) == 4
+
+
+def test_batches_depend_on_seed_and_epoch_only(faces):
+    def epoch(number, seed=0, threads=0):
+        loader = FastLoader(faces, 8, threads, seed)
+        loader.set_epoch(number)
+        return torch.cat([batch.clone() for batch in loader])
+
+    assert torch.equal(epoch(0), epoch(0)) and torch.equal(epoch(3), epoch(3, threads=5)) and torch.equal(epoch(3), epoch(3, threads=1))
+    assert not torch.equal(epoch(0), epoch(1)) and not torch.equal(epoch(0), epoch(0, seed=1))
+
+
+def test_a_batch_is_the_chosen_images_warped_by_their_parameters(faces):
+    loader = FastLoader(faces, 8, shuffle=False)
+    parameters = random_affine(np.random.default_rng((0, 0)), 60, 48, 64)[:0]  # drawn below exactly as the loader draws them
+    parameters = random_affine(np.random.default_rng((0, 0)), 30, 48, 64)
+    images = torch.cat([batch.clone() for batch in loader]).numpy()
+    for file, parameter, image in zip(loader.files, parameters, images, strict=True):
+        np.testing.assert_array_equal(image, expected(load_rgb(file), *parameter))
+
+
+def test_a_batch_is_valid_until_the_next_is_asked_for(faces):
+    loader = FastLoader(faces, 4)
+    kept = [batch.clone() for batch in loader]
+    places = []
+    for number, batch in enumerate(loader):
+        places.append(batch.data_ptr())
+        for _ in range(3):  # the threads go on meanwhile, into other buffers
+            torch.zeros(1000).sum()
+        assert torch.equal(batch, kept[number])
+    assert len(set(places)) == fast_loader.RING and places[0] == places[fast_loader.RING]
+
+
+def test_a_second_iteration_at_the_same_time_is_refused(loader):
+    first = iter(loader)
+    next(first)
+    with pytest.raises(RuntimeError, match="one iteration at a time"):
+        next(iter(loader))
+    first.close()
+    assert len(list(loader)) == 4
+
+
+def test_an_iteration_that_is_left_stops_its_threads(loader):
+    before = psutil.Process().num_threads()
+    for _ in loader:
+        break
+    gc.collect()
+    assert psutil.Process().num_threads() <= before
+
+
+def test_memory_does_not_grow_over_twenty_epochs(faces):
+    loader = FastLoader(faces, 8)
+    resident = []
+    for epoch in range(22):
+        loader.set_epoch(epoch)
+        for _ in loader:
+            pass
+        resident.append(psutil.Process().memory_info().rss)
+    assert resident[-1] - resident[1] < 4e6  # bytes; a leak of one batch an epoch would be 30 MB
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_holds_the_jpegs_pixels(cached, copy_of_faces):
+    loader = cached()
+    pixels = np.asarray(loader.cache[:-1]).reshape(30, 48, 64, 3)
+    for file, image in zip(loader.files, pixels, strict=True):
+        np.testing.assert_array_equal(image, np.asarray(load_rgb(file)))
+    decoding = FastLoader(copy_of_faces, 8)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loader, decoding, strict=True))
+
+
+def test_the_cache_is_written_once(cached, monkeypatch):
+    cached()
+    monkeypatch.setattr(pixel_cache, "write_cache", lambda *_: pytest.fail("written again"))
+    cached()
+
+
+@pytest.mark.parametrize("change", ["rewritten", "added", "removed", "renamed", "cut off"])
+def test_a_stale_cache_is_made_anew(cached, copy_of_faces, tmp_path, change):
+    cached()
+    image = copy_of_faces / "Person_05" / "Person_05_0001.jpg"
+    if change == "rewritten":
+        Image.new("RGB", (64, 48), "red").save(image)
+    elif change == "added":
+        shutil.copy(image, image.with_name("Person_05_0004.jpg"))
+    elif change == "removed":
+        image.unlink()
+    elif change == "renamed":
+        image.rename(image.with_name("Person_05_0009.jpg"))
+    else:
+        (cache,) = (tmp_path / "cache").iterdir()
+        cache.write_bytes(cache.read_bytes()[:1000])
+    loader = cached()
+    pixels = np.asarray(loader.cache[:-1]).reshape(-1, 48, 64, 3)
+    assert all(np.array_equal(image, np.asarray(load_rgb(file))) for file, image in zip(loader.files, pixels, strict=True))
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # the stale one is gone
+
+
+def test_a_full_disk_leaves_no_half_cache(cached, tmp_path, monkeypatch):
+    class FullDisk:
+        def __init__(self, path, mode):
+            self.file, self.free = open(path, mode), 100_000  # noqa: PTH123, SIM115
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.free -= memoryview(data).nbytes
+            if self.free < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", *a, **k: FullDisk(self, mode) if mode == "wb" else opened(self, mode, *a, **k))
+    with pytest.raises(OSError, match="No space"):
+        cached()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_too_little_space_is_said_before_the_work(cached, monkeypatch):
+    monkeypatch.setattr(pixel_cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(InputError, match=r"the cache needs 0.0 GB .* COURSE_DATA"):
+        cached()

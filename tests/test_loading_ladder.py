@@ -1,0 +1,83 @@
+"""loading_ladder.py: rungs that compute the same, gains taken round by round, and the run of a learner."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m27_data_loading import loading_ladder, pixel_cache
+from m27_data_loading.lfw_dataset import find_images
+
+
+@pytest.fixture
+def rungs(faces, monkeypatch, tmp_path):
+    monkeypatch.setattr(pixel_cache, "DATA", tmp_path)
+    return loading_ladder.build_rungs(faces, 8, 2, seed=0)
+
+
+def test_every_rung_delivers_every_image_augmented_and_shuffled(rungs):
+    for name, loader in rungs.items():
+        images = torch.cat([batch.clone() for batch in loader])
+        assert images.shape == (30, 3, 48, 64) and images.dtype == torch.float32, name
+        assert images.min() >= 0 and images.max() <= 1, name
+        assert len(torch.unique(images.flatten(1), dim=0)) == 30, name
+
+
+def test_the_proof_of_equality_fails_for_another_warp(faces, monkeypatch, capsys):
+    files = find_images(faces).tolist()
+    assert loading_ladder.prove_equal(files, 0) == 30 * 3 * 48 * 64
+    assert "0 of 276,480 values differ" in capsys.readouterr().out
+    monkeypatch.setattr(loading_ladder, "warp_into", lambda words, matrix, out: out.fill(0.5))
+    with pytest.raises(RuntimeError, match="do not compute the same"):
+        loading_ladder.prove_equal(files, 0)
+
+
+def test_fresh_memory_costs_page_faults_and_the_ring_does_not(tmp_path):
+    for number in range(128):
+        Image.fromarray(np.full((250, 250, 3), number, np.uint8)).save(tmp_path / f"{number}.jpg")
+    fresh = loading_ladder.FreshMemory(tmp_path, 64)  # 48 MB: the C library keeps blocks of up to 32 MB for itself
+    ring = loading_ladder.FastLoader(tmp_path, 64)
+    faults = {}
+    for name, loader in {"fresh": fresh, "ring": ring}.items():
+        for epoch in range(6):
+            run = loading_ladder.time_epoch(loader, epoch)
+        faults[name] = run["page_faults"]
+    if faults["fresh"] is None:
+        pytest.skip("this system does not tell page faults")
+    assert faults["fresh"] > 128 * 750_000 / 4096 / 2  # the pages of 128 float32 images, should some of them be larger ones
+    assert faults["ring"] < faults["fresh"] / 10
+
+
+def test_gains_are_medians_of_ratios_within_a_round():
+    def runs(*rates):
+        return [{"images": 10, "images_per_s": rate, "page_faults": 0} for rate in rates]
+
+    measured = {"a": runs(10.0, 20.0, 30.0), "b": runs(20.0, 40.0, 90.0), "on disk": runs(10.0, 50.0, 100.0)}
+    ceilings = {
+        "decode alone": runs(80.0, 80.0, 80.0),
+        "write alone": runs(100.0, 100.0, 100.0),
+        "decode and write": runs(40.0, 80.0, 90.0),
+    }
+    rows = {row["rung"]: row for row in loading_ladder.table(measured | ceilings, list(measured))}
+    assert (rows["a"]["x_naive"], rows["a"]["x_before"]) == (1, None)
+    assert (rows["b"]["x_before"], rows["b"]["x_naive"], rows["b"]["of_ceiling"], rows["b"]["clear"]) == (2, 2, 0.5, "yes")
+    assert rows["on disk"]["clear"] == "no" and rows["on disk"]["of_ceiling"] == 0.5  # against the writing alone
+    assert rows["write alone"]["x_before"] is None
+
+
+def test_the_run_of_a_learner(run_script, results):
+    done = run_script("m27_data_loading/loading_ladder.py", "-quick")
+    assert done.returncode == 0, done.stderr
+    assert "0 of 12,000,000 values differ" in done.stdout and "Fastest loader that decodes: " in done.stdout
+    rows = json.loads((results / "loading_ladder.json").read_text())["rows"]
+    assert (rows[0]["rung"], rows[0]["x_naive"]) == ("the exercise", 1)
+    assert {"rung", "images_per_s", "x_naive", "of_ceiling"} <= set(rows[0]) and len(rows) == 10
+    assert (results / "loading_ladder_rungs.png").exists()
+
+
+def test_a_missing_folder_is_said(run_script, tmp_path):
+    done = run_script("m27_data_loading/loading_ladder.py", "--path-to-folder", tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "does not exist" in done.stderr and done.stderr.count("\n") == 1
