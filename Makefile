@@ -1,0 +1,35 @@
+# make        set up .venv, run every exercise at small size on data it makes itself, name what was written
+# make test   set up .venv, run all tests
+# make lint   set up .venv, check style
+# Another Python: make PYTHON=python3.12     Fetch the real data sets: see README.md
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+READY := .venv/requirements.txt
+
+.PHONY: exercises m27 test lint
+exercises: m27
+	@echo
+	@echo "Every exercise ran. Written to $${COURSE_RESULTS:-results}:"
+	@ls "$${COURSE_RESULTS:-results}"
+
+m27: $(READY)
+	$(RUN) m27_data_loading/cpu_layout.py
+	$(RUN) m27_data_loading/lfw_dataset.py -quick
+	$(RUN) m27_data_loading/lfw_dataset.py -quick -visualize_batch
+	$(RUN) m27_data_loading/lfw_dataset.py -quick -get_timing -num_workers 0 1 2 -augment both
+	$(RUN) m27_data_loading/loading_ladder.py -quick
+
+test: $(READY)
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# The copy in .venv is written last: an interrupted set-up is done again, a finished one only when requirements.txt has changed.
+$(READY): requirements.txt
+	@cmp -s requirements.txt $@ && touch $@ || { \
+	$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")' && \
+	echo "Setting up .venv: the first time some minutes and several GB, most of it PyTorch" && \
+	$(PYTHON) -m venv .venv && $(RUN) -m pip install --disable-pip-version-check -r requirements.txt && cp requirements.txt $@; }
