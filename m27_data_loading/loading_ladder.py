@@ -14,13 +14,12 @@ reads decoded pixels is held against the writing alone). page_faults counts how 
 of memory, 4 kB as a rule, during an epoch: a batch of 512 in fresh memory is 93,750 of them, in used memory none.
 """
 
-import statistics
 import sys
+import tempfile
 import time
 from multiprocessing import active_children
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import psutil
 import torch
@@ -33,7 +32,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import new_parser, parse, positive_int, print_table, save_figure, save_results
 from m27_data_loading.fast_loader import FastLoader, as_words, decode_into, inverse_matrices, random_affine, warp_into
+from m27_data_loading.ladder_report import BEST, CACHED, conclusions, in_words, plot_ladder, ratio, table
 from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, default_folder, load_rgb
+from m27_data_loading.loading_peers import Peer, start_peers
 from machine import usable_cpus
 
 # ---- the rungs -------------------------------------------------------------------------------------------------------
@@ -91,8 +92,8 @@ def build_rungs(folder: Path, batch_size: int, workers: int, seed: int, limit: i
         "+ faster decoder": loader(FasterDecoder(folder, augment), persistent_workers=True),
         "+ compiled augmentation": loader(CompiledAugmentation(folder, None), persistent_workers=True),
         "+ threads": FreshMemory(folder, **threaded),
-        "+ memory used again": FastLoader(folder, **threaded),
-        "+ decoded pixels on disk": FastLoader(folder, **threaded, cache=True),
+        BEST: FastLoader(folder, **threaded),
+        CACHED: FastLoader(folder, **threaded, cache=True),
     }
 
 
@@ -101,7 +102,7 @@ def build_rungs(folder: Path, batch_size: int, workers: int, seed: int, limit: i
 
 class DecodeOnly(FastLoader):
     def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
-        for index in chosen:
+        for index in chosen.tolist():
             self.words(index)
 
 
@@ -113,7 +114,7 @@ class WriteOnly(FastLoader):
 
 class DecodeAndWrite(FastLoader):
     def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
-        for image, index in zip(out, chosen, strict=True):
+        for image, index in zip(out, chosen.tolist(), strict=True):
             self.words(index)
             image.fill(0.5)
 
@@ -158,6 +159,8 @@ def page_faults() -> int | None:
 
 def time_epoch(loader, epoch: int) -> dict:
     """One whole epoch, start of the workers included: images, images/s, page faults."""
+    if isinstance(loader, Peer):
+        return loader.time_epoch()
     if isinstance(loader, FastLoader):
         loader.set_epoch(epoch)
     faults, begin = page_faults(), time.perf_counter()
@@ -180,62 +183,6 @@ def time_all(loaders: dict, epochs: int) -> dict[str, list[dict]]:
     return runs
 
 
-def ratio(runs: list[dict], base: list[dict]) -> list[float]:
-    """How much faster `runs` is than `base`, round by round, so that what slows both does not count."""
-    return [run["images_per_s"] / other["images_per_s"] for run, other in zip(runs, base, strict=True)]
-
-
-def table(runs: dict[str, list[dict]], rungs: list[str]) -> list[dict]:
-    """One row a rung or ceiling: the median of its epochs, and of its ratios in the same round."""
-    rows = []
-    for number, (name, mine) in enumerate(runs.items()):
-        ceiling = "write alone" if "disk" in name else "decode and write"
-        before = ratio(mine, runs[rungs[number - 1]]) if 0 < number < len(rungs) else None
-        rows.append(
-            {
-                "rung": name,
-                "images_per_s": statistics.median(run["images_per_s"] for run in mine),
-                "x_before": statistics.median(before) if before else None,
-                "clear": None if not before else "yes" if min(before) > 1 or max(before) < 1 else "no",
-                "x_naive": statistics.median(ratio(mine, runs[rungs[0]])),
-                "of_ceiling": statistics.median(ratio(mine, runs[ceiling])),
-                "page_faults": int(statistics.median(run["page_faults"] for run in mine)),
-                "runs_images_per_s": [run["images_per_s"] for run in mine],
-            }
-        )
-    return rows
-
-
-def plot_ladder(rows: list[dict]) -> plt.Figure:
-    """Bars of images/s from the exercise at the bottom to the ceilings at the top, every epoch a dot."""
-    figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
-    for place, row in enumerate(rows):
-        ceiling = row["rung"] in CEILINGS
-        axes.barh(place, row["images_per_s"], color="lightgrey" if ceiling else "tab:blue", alpha=0.8)
-        axes.plot(row["runs_images_per_s"], [place] * len(row["runs_images_per_s"]), ".", color="black", markersize=4)
-        axes.text(row["images_per_s"], place + 0.28, f" {row['x_naive']:.1f}x", fontsize=7, va="center")
-    axes.set_yticks(range(len(rows)), [f"ceiling: {row['rung']}" if row["rung"] in CEILINGS else row["rung"] for row in rows])
-    axes.set(xlabel="images/s, one epoch (dots: every epoch; bar: median)")
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    return figure
-
-
-def conclusions(rows: list[dict]) -> str:
-    """The figures in words: largest gain, fastest loader that decodes, gain of the cache; noise is called noise."""
-    by_name = {row["rung"]: row for row in rows}
-    best, cached = by_name["+ memory used again"], by_name["+ decoded pixels on disk"]
-    largest = max((row for row in rows if row["x_before"]), key=lambda row: row["x_before"])
-    unclear = [row["rung"] for row in rows if row["clear"] == "no"]
-    lines = [f"Largest gain of one change: {largest['rung']}, {largest['x_before']:.2f}x."]
-    if unclear:
-        lines.append(f"Faster in some rounds and slower in others, so noise: {', '.join(unclear)}.")
-    lines.append(
-        f"Fastest loader that decodes: {best['x_naive']:.1f}x the exercise's, {best['of_ceiling']:.2f} of decoding and writing alone; "
-        f"with decoded pixels {cached['images_per_s'] / best['images_per_s']:.2f}x that."
-    )
-    return "\n".join(lines)
-
-
 def main(args) -> list[dict]:
     folder = args.path_to_folder or default_folder()
     workers = args.num_workers or usable_cpus()
@@ -244,14 +191,18 @@ def main(args) -> list[dict]:
     limit = 512 if args.quick else None
     rungs = build_rungs(folder, args.batch_size, workers, args.seed, limit)
     ceilings = {name: kind(folder, args.batch_size, workers, args.seed, limit=limit) for name, kind in CEILINGS.items()}
-    fastest = rungs["+ memory used again"]
-    for loader in [rungs["+ decoded pixels on disk"], *ceilings.values()]:
+    fastest = rungs[BEST]
+    for loader in [rungs[CACHED], *ceilings.values()]:
         loader.ring = fastest.ring  # they run one after the other: one ring serves them all
     size_mb = fastest.ring[0].nbytes / 1e6
     print(f"data set   {len(fastest.files):,} images of {fastest.width}x{fastest.height} in {folder}; {workers} workers or threads")
     print(f"memory     {len(fastest.ring)} batches of {size_mb:,.0f} MB in the ring; {2 * workers} in flight with worker processes")
     prove_equal(fastest.files[:64], args.seed)
-    runs = time_all(rungs | ceilings, args.epochs)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        peers = start_peers(folder, Path(work), args.batch_size, workers) if args.peers else {}
+        runs = time_all(rungs | ceilings | peers, args.epochs)
+    for name in peers:
+        print(f"{BEST}, against {name}: {in_words(ratio(runs[BEST], runs[name]))}")
     return table(runs, list(rungs))
 
 

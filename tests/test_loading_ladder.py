@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from m27_data_loading import loading_ladder, pixel_cache
+from m27_data_loading import ladder_report, loading_ladder, loading_peers, pixel_cache
 from m27_data_loading.lfw_dataset import find_images
 
 
@@ -54,17 +54,40 @@ def test_gains_are_medians_of_ratios_within_a_round():
     def runs(*rates):
         return [{"images": 10, "images_per_s": rate, "page_faults": 0} for rate in rates]
 
-    measured = {"a": runs(10.0, 20.0, 30.0), "b": runs(20.0, 40.0, 90.0), "on disk": runs(10.0, 50.0, 100.0)}
+    measured = {"a": runs(10.0, 20.0, 30.0), "b": runs(20.0, 40.0, 90.0), ladder_report.CACHED: runs(10.0, 50.0, 100.0)}
     ceilings = {
         "decode alone": runs(80.0, 80.0, 80.0),
         "write alone": runs(100.0, 100.0, 100.0),
         "decode and write": runs(40.0, 80.0, 90.0),
     }
-    rows = {row["rung"]: row for row in loading_ladder.table(measured | ceilings, list(measured))}
+    rows = {row["rung"]: row for row in ladder_report.table(measured | ceilings, list(measured))}
     assert (rows["a"]["x_naive"], rows["a"]["x_before"]) == (1, None)
     assert (rows["b"]["x_before"], rows["b"]["x_naive"], rows["b"]["of_ceiling"], rows["b"]["clear"]) == (2, 2, 0.5, "yes")
-    assert rows["on disk"]["clear"] == "no" and rows["on disk"]["of_ceiling"] == 0.5  # against the writing alone
+    assert rows[ladder_report.CACHED]["clear"] == "no" and rows[ladder_report.CACHED]["of_ceiling"] == 0.5  # against the writing alone
     assert rows["write alone"]["x_before"] is None
+
+
+def test_a_verdict_needs_all_rounds_to_agree():
+    assert ladder_report.in_words([1.2, 1.1, 1.4]) == "1.20x (1.10 to 1.40), faster"
+    assert ladder_report.in_words([0.5, 0.9]).endswith("slower") and ladder_report.in_words([0.9, 1.2]).endswith("cannot tell")
+
+
+def test_peers_that_are_missing_or_do_not_start_are_named(faces, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError("libopencv_core.so: cannot open shared object file")
+
+    monkeypatch.setattr(loading_peers, "installed", lambda: ["ffcv"])
+    monkeypatch.setattr(loading_peers, "Peer", refuse)
+    assert loading_peers.start_peers(faces, tmp_path, 8, 2) == {}
+    said = capsys.readouterr().out
+    assert "peer dali is left out: ImportError: not installed, see requirements-peers.txt" in said
+    assert "peer ffcv is left out: OSError: libopencv_core.so" in said
+
+
+@pytest.mark.skipif("torchdata" not in loading_peers.installed(), reason="needs a peer of requirements-peers.txt")
+def test_a_peer_delivers_every_image_from_a_process_of_its_own(faces, tmp_path):
+    peer = loading_peers.Peer("torchdata", faces, tmp_path, 8, 2)
+    assert loading_ladder.time_epoch(peer, 0)["images"] == 30
 
 
 def test_the_run_of_a_learner(run_script, results):

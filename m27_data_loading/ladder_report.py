@@ -1,0 +1,81 @@
+"""What `loading_ladder.py` makes of its epochs: ratios within a round, the table, the picture, the conclusions.
+
+The rounds are A B C A B C ...: what slows the machine for a while slows all loaders of a round. So a gain is a ratio of two epochs of
+the same round, quoted as the median of the rounds, and called noise when not all rounds agree on its direction.
+"""
+
+import statistics
+
+import matplotlib.pyplot as plt
+
+CEILINGS = ("decode alone", "write alone", "decode and write")
+BEST, CACHED = "+ memory used again", "+ decoded pixels on disk"  # the fastest loader that decodes, and the one that need not
+
+
+def ratio(runs: list[dict], base: list[dict]) -> list[float]:
+    """How much faster `runs` is than `base`, round by round, so that what slows both does not count."""
+    return [run["images_per_s"] / other["images_per_s"] for run, other in zip(runs, base, strict=True)]
+
+
+def in_words(ratios: list[float]) -> str:
+    """Median and range of ratios of the same round, and a verdict only where all rounds agree."""
+    verdict = "faster" if min(ratios) > 1 else "slower" if max(ratios) < 1 else "cannot tell"
+    return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), {verdict}"
+
+
+def table(runs: dict[str, list[dict]], rungs: list[str]) -> list[dict]:
+    """One row a rung or ceiling: the median of its epochs, and of its ratios in the same round."""
+    rows = []
+    for number, (name, mine) in enumerate(runs.items()):
+        ceiling = "write alone" if name == CACHED else "decode and write"
+        before = ratio(mine, runs[rungs[number - 1]]) if 0 < number < len(rungs) else None
+        rows.append(
+            {
+                "rung": name,
+                "images_per_s": statistics.median(run["images_per_s"] for run in mine),
+                "x_before": statistics.median(before) if before else None,
+                "clear": None if not before else "yes" if min(before) > 1 or max(before) < 1 else "no",
+                "x_naive": statistics.median(ratio(mine, runs[rungs[0]])),
+                "of_ceiling": statistics.median(ratio(mine, runs[ceiling])),
+                "page_faults": None if mine[0]["page_faults"] is None else int(statistics.median(run["page_faults"] for run in mine)),
+                "runs_images_per_s": [run["images_per_s"] for run in mine],
+            }
+        )
+    return rows
+
+
+def plot_ladder(rows: list[dict]) -> plt.Figure:
+    """A bar of images/s for each loader, the exercise's on top, every epoch a dot; the ceilings are lines."""
+    bars = [row for row in rows if row["rung"] not in CEILINGS]
+    ceilings = {row["rung"]: row["images_per_s"] for row in rows if row["rung"] in CEILINGS}
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(bars) + 1.8))
+    for place, row in enumerate(bars):
+        axes.barh(place, row["images_per_s"], color="tab:grey" if row["rung"].startswith("peer") else "tab:blue", alpha=0.7)
+        axes.plot(row["runs_images_per_s"], [place] * len(row["runs_images_per_s"]), ".", color="black", markersize=4)
+        axes.text(max(row["runs_images_per_s"]), place, f"  {row['images_per_s']:,.0f} ({row['x_naive']:.1f}x)", fontsize=8, va="center")
+    for name, colour in {"decode and write": "tab:red", "decode alone": "tab:orange"}.items():
+        axes.axvline(ceilings[name], color=colour, linestyle=":", label=f"ceiling: {name}, {ceilings[name]:,.0f}")
+    axes.plot([], [], " ", label=f"ceiling: write alone, {ceilings['write alone']:,.0f}")
+    axes.set_yticks(range(len(bars)), [row["rung"] for row in bars])
+    axes.invert_yaxis()
+    axes.set(xlabel="images/s, whole epochs (dots: every epoch, bars: median)")
+    axes.set_xlim(0, 1.25 * max(max(row["runs_images_per_s"]) for row in bars))
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 0.95))
+    return figure
+
+
+def conclusions(rows: list[dict]) -> str:
+    """The figures in words: largest gain, fastest loader that decodes, gain of the cache; noise is called noise."""
+    by_name = {row["rung"]: row for row in rows}
+    best, cached = by_name[BEST], by_name[CACHED]
+    largest = max((row for row in rows if row["x_before"]), key=lambda row: row["x_before"])
+    unclear = [row["rung"] for row in rows if row["clear"] == "no"]
+    lines = [f"Largest gain of one change: {largest['rung']}, {largest['x_before']:.2f}x."]
+    if unclear:
+        lines.append(f"Faster in some rounds and slower in others, so noise: {', '.join(unclear)}.")
+    lines.append(
+        f"Fastest loader that decodes: {best['x_naive']:.1f}x the exercise's, {best['of_ceiling']:.2f} of decoding and writing alone; "
+        f"with decoded pixels {cached['images_per_s'] / best['images_per_s']:.2f}x that."
+    )
+    return "\n".join(lines)
