@@ -34,7 +34,7 @@ from common import new_parser, parse, positive_int, print_table, save_figure, sa
 from m27_data_loading.fast_loader import FastLoader, as_words, decode_into, inverse_matrices, random_affine, warp_into
 from m27_data_loading.ladder_report import BEST, CACHED, conclusions, in_words, plot_ladder, ratio, table
 from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, default_folder, load_rgb
-from m27_data_loading.loading_peers import Peer, start_peers
+from m27_data_loading.peer_process import Peer, start_peers
 from machine import usable_cpus
 
 # ---- the rungs -------------------------------------------------------------------------------------------------------

@@ -14,12 +14,9 @@ import functools
 import importlib.util
 import itertools
 import math
-import multiprocessing
 import queue
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,44 +283,3 @@ def is_there(module: str) -> bool:
     """Whether `module` could be imported, found out without importing it."""
     parent = module.rpartition(".")[0]
     return (not parent or is_there(parent)) and importlib.util.find_spec(module) is not None
-
-
-# ---- running them ----------------------------------------------------------------------------------------------------
-
-OPENED = {}  # in a peer's own process: the loader that was opened there
-
-
-def open_here(name: str, *args) -> None:
-    OPENED[name] = PEERS[name](*args)
-
-
-def time_here(name: str) -> dict:
-    """One whole epoch of an opened peer: images, images/s."""
-    begin = time.perf_counter()
-    images = sum(len(batch) for batch in OPENED[name])
-    return {"images": images, "images_per_s": images / (time.perf_counter() - begin), "page_faults": None}
-
-
-class Peer:
-    """A peer in a process of its own, where its threads and its copies of OpenCV and OpenMP meet nobody else's."""
-
-    def __init__(self, name: str, folder: Path, work: Path, batch_size: int, threads: int) -> None:
-        self.name = name
-        self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self.process.submit(open_here, name, Path(folder), work / name, batch_size, threads).result()
-
-    def time_epoch(self) -> dict:
-        return self.process.submit(time_here, self.name).result()
-
-
-def start_peers(folder: Path, work: Path, batch_size: int, threads: int) -> dict[str, Peer]:
-    """All peers found here, ready to be timed; one that is missing or does not start is named with the reason and left out."""
-    peers = {}
-    for name in PEERS:
-        try:
-            if name not in installed():
-                raise ImportError("not installed, see requirements-peers.txt")
-            peers[f"peer: {name}"] = Peer(name, folder, work, batch_size, threads)
-        except Exception as error:  # whatever a library may raise, or its process die of
-            print(f"peer {name} is left out: {type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}")
-    return peers

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from m27_data_loading import ladder_report, loading_ladder, loading_peers, pixel_cache
+from m27_data_loading import ladder_report, loading_ladder, loading_peers, peer_process, pixel_cache
 from m27_data_loading.lfw_dataset import find_images
 
 
@@ -76,9 +76,9 @@ def test_peers_that_are_missing_or_do_not_start_are_named(faces, tmp_path, monke
     def refuse(*_):
         raise OSError("libopencv_core.so: cannot open shared object file")
 
-    monkeypatch.setattr(loading_peers, "installed", lambda: ["ffcv"])
-    monkeypatch.setattr(loading_peers, "Peer", refuse)
-    assert loading_peers.start_peers(faces, tmp_path, 8, 2) == {}
+    monkeypatch.setattr(peer_process, "installed", lambda: ["ffcv"])
+    monkeypatch.setattr(peer_process, "Peer", refuse)
+    assert peer_process.start_peers(faces, tmp_path, 8, 2) == {}
     said = capsys.readouterr().out
     assert "peer dali is left out: ImportError: not installed, see requirements-peers.txt" in said
     assert "peer ffcv is left out: OSError: libopencv_core.so" in said
@@ -86,7 +86,7 @@ def test_peers_that_are_missing_or_do_not_start_are_named(faces, tmp_path, monke
 
 @pytest.mark.skipif("torchdata" not in loading_peers.installed(), reason="needs a peer of requirements-peers.txt")
 def test_a_peer_delivers_every_image_from_a_process_of_its_own(faces, tmp_path):
-    peer = loading_peers.Peer("torchdata", faces, tmp_path, 8, 2)
+    peer = peer_process.Peer("torchdata", faces, tmp_path, 8, 2)
     assert loading_ladder.time_epoch(peer, 0)["images"] == 30
 
 
