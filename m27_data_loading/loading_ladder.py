@@ -102,8 +102,9 @@ def build_rungs(folder: Path, batch_size: int, workers: int, seed: int, limit: i
 
 class DecodeOnly(FastLoader):
     def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
+        files, (pixels, _) = self.files, self.own_buffer()
         for index in chosen.tolist():
-            self.words(index)
+            decode_into(files[index], pixels)
 
 
 class WriteOnly(FastLoader):
@@ -114,8 +115,9 @@ class WriteOnly(FastLoader):
 
 class DecodeAndWrite(FastLoader):
     def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
+        files, (pixels, _) = self.files, self.own_buffer()
         for image, index in zip(out, chosen.tolist(), strict=True):
-            self.words(index)
+            decode_into(files[index], pixels)
             image.fill(0.5)
 
 

@@ -68,8 +68,8 @@ class Tasks:
         matrices = ours.inverse_matrices(ours.random_affine(rng, len(order), loader.height, loader.width), loader.height, loader.width)
         for start in range(0, len(order), loader.batch_size):
             number, count = free.get(), min(loader.batch_size, len(order) - start)
-            for row in range(0, count, ours.TASK):
-                end = min(row + ours.TASK, count)
+            for row in range(0, count, loader.task):
+                end = min(row + loader.task, count)
                 part = slice(start + row, start + end)
                 yield number, slice(row, end), order[part], matrices[part], count if end == count else 0
 
@@ -134,13 +134,13 @@ def open_torchdata(folder: Path, work: Path, batch_size: int, threads: int) -> E
 
     Its documentation: method="thread" for functions that release the GIL (https://pytorch.org/data/0.11/what_is_torchdata_nodes.html),
     a Prefetcher at the end (.../migrate_to_nodes_from_utils.html); snapshot_frequency=0 leaves out the state for resuming.
-    Ours: a task is 16 images. One whole batch a task in fresh memory, as in the migration guide, needs twice the CPU time.
+    Ours: a task is up to 64 images. One whole batch a task in fresh memory, as in the migration guide, needs twice the CPU time.
     """
     import torchdata.nodes as tn
 
     tasks = Tasks(folder, batch_size)
     node = tn.ParallelMapper(tn.IterableWrapper(tasks), tasks.run, num_workers=threads, method="thread", snapshot_frequency=0)
-    loader = tn.Loader(tn.Prefetcher(node, prefetch_factor=max(1, batch_size // ours.TASK), snapshot_frequency=0))
+    loader = tn.Loader(tn.Prefetcher(node, prefetch_factor=max(1, batch_size // tasks.loader.task), snapshot_frequency=0))
     return Epochs(lambda: tasks.batches(loader))
 
 
@@ -149,13 +149,13 @@ def open_spdl(folder: Path, work: Path, batch_size: int, threads: int) -> Epochs
 
     Its documentation: threads where the stages release the GIL (.../spdl/0.8.0/getting_started/execution_models.html), no tensor for
     the single image but straight into the batch (best_practice.html), concurrency no higher than needed (optimization_guide/).
-    Tried without gain: reading in a stage of its own, more threads than CPUs, tasks of 64, its FFmpeg decoder (twice the CPU time).
+    Tried without gain: reading in a stage of its own, more threads than CPUs, its FFmpeg decoder (twice the CPU time).
     """
     from spdl.pipeline import PipelineBuilder
 
     tasks = Tasks(folder, batch_size)
     builder = PipelineBuilder().add_source(tasks).pipe(tasks.run, concurrency=threads, output_order="input")
-    builder.add_sink(max(1, batch_size // ours.TASK))
+    builder.add_sink(max(1, batch_size // tasks.loader.task))
 
     def epoch():
         pipeline = builder.build(num_threads=threads)
