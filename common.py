@@ -9,6 +9,8 @@ and so runs from any folder, by absolute path, under torchrun and in worker proc
 The environment variables COURSE_DATA and COURSE_RESULTS move the data and the results elsewhere (a read-only checkout, say).
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import difflib
@@ -24,17 +26,13 @@ import textwrap
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
 import psutil
-import torch
 
-from machine import machine_facts, versions
-
-with contextlib.redirect_stderr(io.StringIO()):  # a CUDA build of torch complains here on a machine without a GPU
-    from torch.utils import benchmark
+if TYPE_CHECKING:  # torch and matplotlib take seconds to import, so the functions that need them do it: download.py does not
+    import torch
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("COURSE_DATA", ROOT / "data"))
@@ -62,16 +60,20 @@ class CourseParser(argparse.ArgumentParser):
                 self.error(f"there is no flag {flag}{f', did you mean {near[0]}?' if near else ''}")
 
 
-def new_parser(doc: str) -> CourseParser:
-    """Parser with a module's docstring as help and the flags that mean the same in every script."""
+def new_parser(doc: str, computes: bool = True) -> CourseParser:
+    """Parser with a module's docstring as help and the flags that mean the same in every script.
+
+    computes=False leaves out the flags about devices and figures, for the scripts that only fetch or draw data.
+    """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = CourseParser(description=doc, formatter_class=formatter, allow_abbrev=False, add_help=False)
     parser.add_argument("-h", "-help", action="help", help="show this text")
-    parser.add_argument("-device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where tensors live (default: auto)")
-    parser.add_argument("-num_threads", type=positive_int, help="threads of torch's operations (default: torch's own choice)")
-    parser.add_argument("-seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
-    parser.add_argument("-quick", action="store_true", help="small sizes, to see that it runs; the figures mean little")
-    parser.add_argument("-show", action="store_true", help="open figures in a window as well as saving them")
+    parser.add_argument("-seed", type=seed, default=0, help="seed of everything random (default: 0)")
+    if computes:
+        parser.add_argument("-device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where tensors live (default: auto)")
+        parser.add_argument("-num_threads", type=positive_int, help="threads of torch's operations (default: torch's own choice)")
+        parser.add_argument("-quick", action="store_true", help="small sizes, to see that it runs; the figures mean little")
+        parser.add_argument("-show", action="store_true", help="open figures in a window as well as saving them")
     return parser
 
 
@@ -82,18 +84,27 @@ def parse(parser: CourseParser, argv: list[str] | None = None) -> argparse.Names
     args = parser.parse_args(words)
     sys.excepthook = one_sentence
     sys.stdout.reconfigure(errors="replace")  # a Windows console may lack a character; that must not end a run
+    if "device" in args:
+        prepare_torch(parser, args)
+    return args
+
+
+def prepare_torch(parser: CourseParser, args: argparse.Namespace) -> None:
+    """Turn args.device into a torch.device, refusing one that is not here; set seed, threads and matplotlib's backend."""
+    import matplotlib
+    import torch
+
     seed_everything(args.seed)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if not args.show:
         matplotlib.use("Agg")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
-        args.device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+        args.device = next(name for name in available if available[name])
     if not available[args.device]:
         parser.error(f"argument -device: {args.device} is not available here; available: {', '.join(k for k in available if available[k])}")
     args.device = torch.device(args.device)
-    return args
 
 
 def course_spelling(word: str) -> str:
@@ -127,16 +138,24 @@ def non_negative_int(text: str) -> int:
     return _whole_number(text, 0)
 
 
-def _whole_number(text: str, smallest: int) -> int:
-    if not re.fullmatch(r"[+-]?\d+", text) or int(text) < smallest:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a whole number of at least {smallest} is expected")
+def seed(text: str) -> int:
+    return _whole_number(text, 0, 2**32 - 1)  # NumPy takes no larger one
+
+
+def _whole_number(text: str, smallest: int, largest: int = 2**63 - 1) -> int:
+    if not re.fullmatch(r"[+-]?\d+", text) or not smallest <= int(text) <= largest:
+        upper = f" and at most {largest}" if largest < 2**63 - 1 else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a whole number of at least {smallest}{upper} is expected")
     return int(text)
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch, so that a run repeats."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -180,7 +199,11 @@ def measure_alternately(functions: dict, device: torch.device, repeats: int = 5)
     return {name: Timing(runs_ms) for name, runs_ms in runs.items()}
 
 
-def _timer(function, device: torch.device) -> benchmark.Timer:
+def _timer(function, device: torch.device):
+    import torch
+
+    with contextlib.redirect_stderr(io.StringIO()):  # a CUDA build of torch complains here on a machine without a GPU
+        from torch.utils import benchmark
     synchronised = (lambda: (function(), torch.mps.synchronize())) if device.type == "mps" else function
     return benchmark.Timer("function()", globals={"function": synchronised}, num_threads=torch.get_num_threads())
 
@@ -231,6 +254,8 @@ def atomic_path(path: Path):
 
 def save_results(file: str, args: argparse.Namespace, rows: list[dict]) -> Path:
     """Write rows, flags, machine and versions to results/<script>.json; `file` is the script's __file__."""
+    from machine import machine_facts, versions
+
     path = RESULTS / f"{Path(file).stem}.json"
     content = {
         "script": Path(file).name,
@@ -246,8 +271,13 @@ def save_results(file: str, args: argparse.Namespace, rows: list[dict]) -> Path:
     return path
 
 
-def save_figure(figure: plt.Figure, file: str, name: str, args: argparse.Namespace, note: str = "") -> Path:
+def save_figure(figure: Figure, file: str, name: str, args: argparse.Namespace, note: str = "") -> Path:
     """Write results/<script>_<name>.png with machine, versions and `note` (what n is) in the footer; show it with -show."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    from machine import machine_facts, versions
+
     path = RESULTS / f"{Path(file).stem}_{name}.png"
     machine, packages = machine_facts(args.device), versions()
     footer = f"{machine['cpu']}, {machine['usable_cpus']} usable CPUs, {machine['device']}; torch {packages['torch']}; {note}".rstrip("; ")

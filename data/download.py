@@ -8,8 +8,8 @@
 
 A data set appears as a whole or not at all: an interrupted download goes on where it stopped, its SHA-256 is checked before it is
 used, it is unpacked beside its place and then moved there. LFW comes from the mirrors that scikit-learn keeps, since its own site
-is gone. Every exercise runs without any download too, on sample data that it draws itself. Device, seed and -quick change nothing
-here; the environment variable COURSE_DATA puts the data elsewhere.
+is gone. Every exercise runs without any download too, on sample data that it draws itself. The
+environment variable COURSE_DATA puts the data elsewhere.
 """
 
 import argparse
@@ -25,8 +25,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-if __name__ == "__main__":
-    print("starting: loading torch takes some seconds ...", flush=True)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import DATA, ROOT, InputError, display_path, new_parser, parse
 from data.fetch import UNKNOWN, Source, download, sha256_of, size_of
@@ -98,9 +96,15 @@ def install(archive: Path, name: str, work: Path) -> None:
     first = next((work / "unpacked" / "new").rglob(pattern), None)
     if first is None:
         raise InputError(f"{archive.name} holds no file {pattern}, so it is not {name}: nothing was changed")
+    old = work / "unpacked" / "old"
     if os.path.lexists(DATA / name):
-        (DATA / name).rename(work / "unpacked" / "old")
-    first.parents[1].rename(DATA / name)
+        (DATA / name).rename(old)
+    try:
+        first.parents[1].rename(DATA / name)
+    except OSError:
+        if old.exists():
+            old.rename(DATA / name)  # better the old set than none
+        raise
 
 
 def lock(file) -> bool:
@@ -179,7 +183,7 @@ def main(args: argparse.Namespace) -> list[Path]:
 
 
 if __name__ == "__main__":
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, computes=False)
     parser.add_argument("name", choices=DATASETS, help="the data set to fetch")
     parser.add_argument("-from", dest="source", metavar="FILE_OR_URL", help="take this archive instead of the mirrors'")
     parser.add_argument("-sha256", type=str.lower, help="the checksum that the archive of -from must have")

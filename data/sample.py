@@ -5,7 +5,7 @@
 
 The faces have LFW's layout, image size, kind of JPEG, bytes a file and uneven numbers of images a person: reading and decoding
 them costs what it costs with LFW. The shapes have CIFAR-10's layout; a convolutional network can learn them, a linear model
-cannot. An accuracy reached on either says nothing about photographs. Drawing takes seconds, once (-quick changes nothing).
+cannot. An accuracy reached on either says nothing about photographs. Drawing takes seconds, once.
 """
 
 import errno
@@ -172,7 +172,7 @@ def move(part: Path, folder: Path, key: dict, names) -> None:
 
 
 if __name__ == "__main__":
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, computes=False)
     parser.add_argument("-images", type=positive_int, default=2048, help="number of faces (default: 2048)")
     parser.add_argument("-force", action="store_true", help="draw anew even if the data is there")
     args = parse(parser)

@@ -14,11 +14,9 @@ beyond the CPUs that this process may use only take turns. With 0 workers the ma
 """
 
 import functools
-import itertools
 import multiprocessing
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -33,7 +31,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import DATA, InputError, new_parser, non_negative_int, parse, positive_int, print_table, save_figure, save_results
 from data.sample import lfw_sample
-from m27_data_loading.loader_timing import explain, plot_sweep, stage_costs, time_loaders, warn_about, watch_start
+from m27_data_loading.loader_timing import (
+    batches_in_flight,
+    explain,
+    plot_sweep,
+    stage_costs,
+    time_loaders,
+    time_pass,
+    warn_about,
+    watch_start,
+)
 from machine import usable_cpus
 
 PASSES = 5
@@ -88,7 +95,9 @@ def load_rgb(path: str, resize: int | None = None) -> Image.Image:
             image = file.convert("RGB")  # the pixels are decoded here; grey, palette, RGBA and CMYK become RGB
             return image.resize((resize, resize), Image.Resampling.BILINEAR) if resize else image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
-        raise InputError(f"{path} cannot be read as an image ({type(error).__name__}); remove it, or go on with -on_error skip") from error
+        if reason := getattr(error, "strerror", None):  # the system is to blame, not the image
+            raise InputError(f"{path} cannot be opened: {reason}") from error
+        raise InputError(f"{path} cannot be read as an image ({type(error).__name__}): remove it, or load with -on_error skip") from error
 
 
 class LFWDataset(Dataset):
@@ -108,8 +117,8 @@ class LFWDataset(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         try:
             return self.transform(load_rgb(str(self.files[index]), self.resize))
-        except InputError:
-            if self.on_error == "stop":
+        except InputError as error:
+            if self.on_error == "stop" or "cannot be opened" in str(error):
                 raise
             return str(self.files[index])
 
@@ -157,29 +166,27 @@ def build_loader(args, dataset: Dataset, num_workers: int, **options) -> tuple[D
 # ---- the exercises ---------------------------------------------------------------------------------------------------
 
 
-def load_once(args) -> list[dict]:
+def load_once(args) -> tuple[list[dict], set]:
     """Load every batch once and print what came: images, people, shape, type, range, memory, images/s."""
-    workers = args.num_workers[0]
-    dataset = build_dataset(args, args.augment)
+    workers, dataset = args.num_workers[0], build_dataset(args, args.augment)
     loader, ready = build_loader(args, dataset, workers)
-    total = min(len(loader), args.batches_to_check)
-    first, seen, begin = None, 0, time.time()
-    for images, broken in tqdm(itertools.islice(loader, total), total=total, desc="loading", unit="batch"):
-        first = images if first is None else first
-        seen += len(images)
-        args.broken.update(broken)
-    startup_s = max(0.0, ready.max().item() - begin)
-    rate = seen / (time.time() - begin - startup_s)
-    size_mb, ahead = first.nbytes / 1e6, max(1, workers * args.prefetch_factor)
-    people = len({Path(file).parent for file in dataset.files})
-    print(f"data set   {len(dataset):,} images of {people:,} people in {args.path_to_folder}")
+    run = time_pass(loader, ready, args.batches_to_check, args.device, progress=True)
+    first, skipped = run.pop("first"), set(run.pop("skipped"))
+    if first is None:
+        raise InputError(f"none of the images loaded from {args.path_to_folder} can be read")
+    size_mb, people = first.nbytes / 1e6, {Path(file).parent for file in dataset.files}
+    waiting = batches_in_flight(workers, args.prefetch_factor, len(loader))
+    print(f"data set   {len(dataset):,} images of {len(people):,} people in {args.path_to_folder}")
     print(f"batch      {tuple(first.shape)}, {first.dtype}, values {first.min():.3f} to {first.max():.3f}, {size_mb:,.1f} MB")
-    print(f"in flight  up to {ahead * size_mb:,.0f} MB: {workers} workers, {args.prefetch_factor} batches ahead each")
-    print(f"loaded     {seen:,} images in {total} of {len(loader)} batches, {rate:,.0f} images/s, start-up {startup_s:.2f} s")
-    return [{"num_workers": workers, "augment": args.augment, "batches": total, "images_per_s": rate, "startup_s": startup_s}]
+    print(
+        f"in flight  at most {waiting} batches, {waiting * size_mb:,.0f} MB: {workers} workers {args.prefetch_factor} ahead each, 1 in use"
+    )
+    print(f"loaded     {run['images']:,} images in {run['batches']} of {len(loader)} batches, ", end="")
+    print(f"{run['images_per_s']:,.0f} images/s, start-up {run['startup_s']:.2f} s")
+    return [{"num_workers": workers, "augment": args.augment, **run}], skipped
 
 
-def time_sweep(args) -> list[dict]:
+def time_sweep(args) -> tuple[list[dict], set]:
     """Time the loader for each number of workers and each augmentation; print the table, draw the plot, name the bottleneck."""
     augments = ["simple", "complex"] if args.augment == "both" else [args.augment]
     datasets = {augment: build_dataset(args, augment) for augment in augments}
@@ -192,22 +199,25 @@ def time_sweep(args) -> list[dict]:
     print(
         f"{PASSES} passes of {limit} batches of {args.batch_size} images ({'all there are' if limit == available else f'of {available}'})"
     )
-    rows = time_loaders(loaders, limit, PASSES, args.broken)
+    rows, skipped = time_loaders(loaders, limit, PASSES, args.device)
     print_table([{key: value for key, value in row.items() if key != "runs_images_per_s"} for row in rows])
-    readable = [file for index, file in enumerate(files[:32]) if isinstance(datasets[augments[0]][index], torch.Tensor)]
-    for augment in augments:
+    readable = [file for index, file in enumerate(files[:64]) if isinstance(datasets[augments[0]][index], torch.Tensor)][:32]
+    for augment in augments if readable else []:
         best = max((row for row in rows if row["augment"] == augment), key=lambda row: row["images_per_s"])
         print(explain(best, stage_costs(readable, functools.partial(load_rgb, resize=args.resize), AUGMENTATIONS[augment], args.device)))
     save_figure(plot_sweep(rows), __file__, "timing", args, f"batch {args.batch_size}, {PASSES} passes of {limit} batches")
-    return rows
+    return rows, skipped
 
 
-def draw_batch(args) -> list[dict]:
+def draw_batch(args) -> tuple[list[dict], set]:
     """Save a grid of the first images of one shuffled batch, each under its person's name."""
     dataset = build_dataset(args, args.augment)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    images, broken = next(iter(build_loader(args, dataset, args.num_workers[0], sampler=order)[0]))
-    args.broken.update(broken)
+    loader, ready = build_loader(args, dataset, args.num_workers[0], sampler=order)
+    run = time_pass(loader, ready, 1, args.device)
+    images, broken = run.pop("first"), set(run.pop("skipped"))
+    if images is None:
+        raise InputError(f"none of the images of this batch from {args.path_to_folder} can be read")
     names = [dataset.person(index) for index in order if dataset.files[index] not in broken]
     shown = min(len(images), 32)
     figure, grid = plt.subplots(-(-shown // 8), 8, figsize=(12, 1.75 * -(-shown // 8) + 0.7), squeeze=False)
@@ -219,20 +229,21 @@ def draw_batch(args) -> list[dict]:
     figure.suptitle(f"{shown} of {len(images)} images of a batch {tuple(images.shape)}, {args.augment} augmentation")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     save_figure(figure, __file__, "batch", args, f"images of {Path(args.path_to_folder).name}")
-    return []
+    return [{"num_workers": args.num_workers[0], "augment": args.augment, **run}], broken
 
 
 def main(args) -> list[dict]:
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # warn_about says it with the reason
-    args.path_to_folder = args.path_to_folder or default_folder()
-    args.broken = set()
+    args.path_to_folder = str(args.path_to_folder or default_folder())
     if args.quick:
         args.batch_size, args.batches_to_check = min(args.batch_size, 32), min(args.batches_to_check, 4)
-    warn_about(args, images=len(find_images(args.path_to_folder)))
+    images = len(find_images(args.path_to_folder))
+    args.num_workers = args.num_workers or [min(usable_cpus(), -(-images // args.batch_size))]
+    warn_about(args, images)
     exercise = draw_batch if args.visualize_batch else time_sweep if args.get_timing else load_once
-    rows = exercise(args)
-    if args.broken:
-        print(f"skipped {len(args.broken)} broken images: {', '.join(sorted(args.broken))}")
+    rows, skipped = exercise(args)
+    if skipped:
+        print(f"skipped {len(skipped)} broken images: {', '.join(sorted(skipped))}")
     return rows
 
 
@@ -255,7 +266,7 @@ if __name__ == "__main__":
     flag("-resize", type=positive_int, help="side in pixels that every image is brought to (default: as they are)")
     flag("-on_error", choices=["stop", "skip"], default="stop", help="what to do about a broken image (default: stop)")
     args = parse(parser)
-    if not args.get_timing and (len(args.num_workers) > 1 or args.augment == "both"):
+    if not args.get_timing and (len(args.num_workers or []) > 1 or args.augment == "both"):
         parser.error("several -num_workers and -augment both compare timings: add -get_timing")
-    if rows := main(args):
-        save_results(__file__, args, rows)
+    rows = main(args)
+    save_results(__file__, args, rows)

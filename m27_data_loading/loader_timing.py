@@ -28,44 +28,59 @@ COLOURS = {"simple": "tab:blue", "complex": "tab:orange"}
 
 
 def note_start(ready: torch.Tensor, worker: int) -> None:
-    """DataLoader's worker_init_fn: write the time into shared memory, seen by the main process."""
+    """DataLoader's worker_init_fn: write the time into shared memory, then wait until all have: nobody loads before the clock runs."""
     ready[worker] = time.time()
+    deadline = time.time() + 60
+    while not ready.all() and time.time() < deadline:
+        time.sleep(0.001)
 
 
 def watch_start(num_workers: int) -> tuple[torch.Tensor, functools.partial]:
     """Shared memory for the workers' start times (s since the epoch), and the worker_init_fn that fills it."""
-    ready = torch.zeros(max(1, num_workers), dtype=torch.float64).share_memory_()
+    ready = torch.zeros(num_workers, dtype=torch.float64).share_memory_()
     return ready, functools.partial(note_start, ready)
 
 
-def time_pass(loader: DataLoader, ready: torch.Tensor, batches_to_check: int, skipped: set) -> dict:
-    """Iterate over exactly `batches_to_check` batches, or all there are; images, batches, start-up and steady state in s."""
-    images = batches = 0
+def time_pass(loader: DataLoader, ready: torch.Tensor, batches_to_check: int, device: torch.device, progress: bool = False) -> dict:
+    """Iterate over exactly `batches_to_check` batches, or all there are: images, batches, start-up and steady state in s.
+
+    Beside them the first batch that holds images, or None, and the names of the broken files.
+    """
+    images, batches, first, skipped = 0, 0, None, []
+    limit = min(batches_to_check, len(loader))
+    if not loader.persistent_workers:
+        ready.zero_()
     begin = time.time()
     iterator = iter(loader)  # the workers are started here
-    for batch, broken in itertools.islice(iterator, batches_to_check):
-        images += len(batch)
+    for batch, broken in tqdm(itertools.islice(iterator, limit), "loading", limit, unit="batch", disable=not progress):
+        images += len(batch.to(device))  # on a CPU there is nothing to copy
         batches += 1
-        skipped.update(broken)
+        skipped += broken
+        first = batch if first is None and len(batch) else first
     end = time.time()
     del iterator  # ... and stopped here, outside the clock
-    startup_s = max(0.0, ready.max().item() - begin)  # 0 for workers kept alive, which were ready before
-    return {"images": images, "batches": batches, "startup_s": startup_s, "images_per_s": images / (end - begin - startup_s)}
+    startup_s = max(0.0, ready.max().item() - begin) if len(ready) else 0.0  # 0 for workers kept alive, which were ready before
+    seconds = end - begin - startup_s
+    run = {"images": images, "batches": batches, "startup_s": startup_s, "seconds": seconds, "images_per_s": images / seconds}
+    return run | {"first": first, "skipped": skipped}
 
 
-def time_loaders(loaders: dict, batches_to_check: int, passes: int, skipped: set) -> list[dict]:
-    """Time each of `loaders`, {(num_workers, augment): (loader, ready)}, `passes` times in turn; one row a loader.
+def time_loaders(loaders: dict, batches_to_check: int, passes: int, device: torch.device) -> tuple[list[dict], set]:
+    """Time each of `loaders`, {(num_workers, augment): (loader, ready)}, `passes` times in turn; a row a loader, broken files.
 
     In turn, A B A B, so that a machine that gets slower meanwhile gets slower for all of them.
     """
-    runs = {key: [] for key in loaders}
+    runs, skipped = {key: [] for key in loaders}, set()
     with tqdm(total=passes * len(loaders), desc="timed passes", unit="pass") as progress:
         for _ in range(passes):
             for key, (loader, ready) in loaders.items():
                 progress.set_postfix_str(f"{key[0]} workers, {key[1]}")
-                runs[key].append(time_pass(loader, ready, batches_to_check, skipped))
+                run = time_pass(loader, ready, batches_to_check, device)
+                skipped.update(run.pop("skipped"))
+                del run["first"]  # 384 MB that nobody needs any more
+                runs[key].append(run)
                 progress.update()
-    return [summary(*key, rows) for key, rows in runs.items()]
+    return [summary(*key, rows) for key, rows in runs.items()], skipped
 
 
 def summary(num_workers: int, augment: str, runs: list[dict]) -> dict:
@@ -79,12 +94,18 @@ def summary(num_workers: int, augment: str, runs: list[dict]) -> dict:
         "mean_images_per_s": statistics.mean(rates),
         "sd_images_per_s": spread(rates),
         "startup_s": statistics.median(run["startup_s"] for run in runs),
+        "seconds": statistics.median(run["seconds"] for run in runs),
         "passes": len(runs),
         "runs_images_per_s": rates,
     }
 
 
 # ---- what to expect, and where the time went ---------------------------------------------------------------------------
+
+
+def batches_in_flight(num_workers: int, prefetch_factor: int, batches: int) -> int:
+    """Batches in memory at once at most: those the workers are ahead and the one in use, but not more than there are."""
+    return min(num_workers * prefetch_factor + 1, batches)
 
 
 def warn_about(args, images: int) -> None:
@@ -95,10 +116,13 @@ def warn_about(args, images: int) -> None:
         print(f"warning: {most} workers for {batches} batches: a worker loads whole batches, so {most - batches} of them stay idle")
     if most > usable:
         print(f"warning: {most} workers on {usable} usable CPUs: they take turns, so expect no gain beyond {usable} workers")
+    if args.persistent_workers and args.batches_to_check < batches:
+        print("warning: workers kept alive go on loading when a pass stops early, beside the next one: leave out one of the two flags")
     if args.pin_memory and args.device.type != "cuda":
         print("warning: -pin_memory serves the copy to a CUDA device and there is none here, so it is left out")
         args.pin_memory = False
-    needed = most * args.prefetch_factor * args.batch_size * 3 * (args.resize or 250) ** 2 * 4  # bytes, float32
+    batch = args.batch_size * 3 * (args.resize or 250) ** 2 * 4  # bytes, float32
+    needed = batches_in_flight(most, args.prefetch_factor, batches) * batch if most else 0
     if Path("/dev/shm").is_dir() and (free := shutil.disk_usage("/dev/shm").free) < needed:
         print(
             f"warning: batches in flight may take {needed / 1e6:,.0f} MB of shared memory, /dev/shm has {free / 1e6:,.0f}: workers may die;"
@@ -110,10 +134,10 @@ def stage_costs(files: list[str], load_rgb, augment, device: torch.device) -> di
     """Microseconds an image of each stage on one core, over a few files: read, decode, augment, to tensor, transfer."""
     decoded = [load_rgb(file) for file in files]
     tensors = [to_tensor(image) for image in decoded]
-    shape = (len(tensors), *tensors[0].shape)
 
     def hand_over():  # what a worker does: stack the batch into shared memory that is new each time
-        return torch.stack(tensors, out=torch.empty(shape).share_memory_())
+        storage = tensors[0]._typed_storage()._new_shared(sum(tensor.numel() for tensor in tensors))  # as torch's default_collate
+        return torch.stack(tensors, out=tensors[0].new(storage).resize_(len(tensors), *tensors[0].shape))
 
     stages = {
         "read": lambda: [Path(file).read_bytes() for file in files],
@@ -131,18 +155,20 @@ def stage_costs(files: list[str], load_rgb, augment, device: torch.device) -> di
 
 
 def explain(row: dict, costs: dict[str, float]) -> str:
-    """Two sentences: where an image's time goes, and what the measured rate says about it."""
-    total = sum(costs.values())
-    slowest = max(costs, key=costs.get)
+    """Where an image's time goes, what the measured rate says about it, and the bottleneck: a stage, or starting the workers."""
+    if row["num_workers"] == 0:
+        costs = {name: cost for name, cost in costs.items() if name != "transfer"}  # nothing is handed over
+    total, slowest = sum(costs.values()), max(costs, key=costs.get)
     parts = ", ".join(f"{name} {cost:.0f}" for name, cost in sorted(costs.items(), key=lambda item: -item[1]))
-    busy = max(1, min(row["num_workers"], usable_cpus()))
-    possible = busy * 1e6 / total
+    busy = max(1, min(row["num_workers"], usable_cpus(), row["batches"]))
     text = f"{row['augment']}: an image costs {total:.0f} us on one core ({parts}). "
-    text += f"The bottleneck is {slowest}, {costs[slowest] / total:.0%}.\n"
-    text += (
-        f"  {busy} CPU(s) could so load {possible:,.0f} images/s; measured with {row['num_workers']} workers: {row['images_per_s']:,.0f}."
-    )
-    if row["startup_s"] > 0.1:
+    if row["startup_s"] > row["seconds"]:
+        text += "The bottleneck is start-up, which takes longer than the loading.\n"
+    else:
+        text += f"The bottleneck is {slowest}, {costs[slowest] / total:.0%}.\n"
+    text += f"  {busy} core(s) could load {busy * 1e6 / total:,.0f} images/s; "
+    text += f"measured with {row['num_workers']} workers: {row['images_per_s']:,.0f}."
+    if row["startup_s"] > 0.1 * row["seconds"]:
         text += f" Starting the workers takes {row['startup_s']:.2f} s more in each epoch; -persistent_workers pays it once."
     return text
 

@@ -11,17 +11,17 @@ run, one epoch each in turn, so that their ratios hold on a machine whose speed 
 How to read the table: x_before is the gain over the rung before, x_naive over the first; of_ceiling is the share of what the
 machine can do at most for that work: decode every file and write every batch on all cores, with nothing in between (a rung that
 reads decoded pixels is held against the writing alone). page_faults counts how often the operating system had to supply a page
-of memory, 4 kB as a rule, during an epoch: a batch of 512 in fresh memory is 93,750 of them, in used memory none.
+of memory, 4 kB on most machines, during an epoch: a batch of 512 in fresh memory is 93,750 of them, in used memory none.
 """
 
 import sys
 import tempfile
 import time
-from multiprocessing import active_children
+from concurrent.futures import BrokenExecutor
+from multiprocessing import active_children, get_start_method
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
@@ -30,8 +30,9 @@ from torchvision.transforms import functional
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import new_parser, parse, positive_int, print_table, save_figure, save_results
-from m27_data_loading.fast_loader import FastLoader, as_words, decode_into, inverse_matrices, random_affine, warp_into
+from common import InputError, new_parser, parse, positive_int, print_table, save_figure, save_results
+from m27_data_loading.affine import as_words, inverse_matrices, njit, random_affine, warp_into
+from m27_data_loading.fast_loader import FastLoader, decode_into, decode_jpeg
 from m27_data_loading.ladder_report import BEST, CACHED, conclusions, in_words, plot_ladder, ratio, table
 from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, default_folder, load_rgb
 from m27_data_loading.peer_process import Peer, start_peers
@@ -76,7 +77,7 @@ class FreshMemory(FastLoader):
         return torch.empty(self.batch_size, 3, self.height, self.width)
 
 
-def build_rungs(folder: Path, batch_size: int, workers: int, seed: int, limit: int | None = None) -> dict:
+def build_rungs(folder: str, batch_size: int, workers: int, seed: int, limit: int | None = None) -> dict:
     """The loaders by name, from the exercise's to the fastest; of the first `limit` images, or of all."""
     augment = transforms.Compose([AUGMENTATIONS["simple"], transforms.ToTensor()])
 
@@ -86,15 +87,19 @@ def build_rungs(folder: Path, batch_size: int, workers: int, seed: int, limit: i
         return DataLoader(images, batch_size, shuffle=True, num_workers=workers, generator=generator, **options)
 
     threaded = {"batch_size": batch_size, "threads": workers, "seed": seed, "limit": limit}
-    return {
+    rungs = {
         "the exercise": loader(LFWDataset(folder, augment)),
         "+ workers kept alive": loader(LFWDataset(folder, augment), persistent_workers=True),
         "+ faster decoder": loader(FasterDecoder(folder, augment), persistent_workers=True),
         "+ compiled augmentation": loader(CompiledAugmentation(folder, None), persistent_workers=True),
         "+ threads": FreshMemory(folder, **threaded),
         BEST: FastLoader(folder, **threaded),
-        CACHED: FastLoader(folder, **threaded, cache=True),
     }
+    try:
+        rungs[CACHED] = FastLoader(folder, **threaded, cache=True)
+    except InputError as error:  # no space for the decoded pixels
+        print(f"left out   {CACHED}: {error}")
+    return rungs
 
 
 # ---- the ceilings: the fast loader with work left out ----------------------------------------------------------------
@@ -121,7 +126,10 @@ class DecodeAndWrite(FastLoader):
             image.fill(0.5)
 
 
-CEILINGS = {"decode alone": DecodeOnly, "write alone": WriteOnly, "decode and write": DecodeAndWrite}
+def build_ceilings(folder: str, batch_size: int, workers: int, seed: int, limit: int | None = None) -> dict:
+    """What can be reached at most: decoding alone, writing alone, both."""
+    kinds = {"decode alone": DecodeOnly, "write alone": WriteOnly, "decode and write": DecodeAndWrite}
+    return {name: kind(folder, batch_size, workers, seed, limit=limit) for name, kind in kinds.items()}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -145,17 +153,16 @@ def prove_equal(files: list[str], seed: int) -> int:
     return ours.size * len(files)
 
 
-def page_faults() -> int | None:
-    """Pages of memory that the system has supplied so far to this process and its workers, dead or alive; None where not told."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().num_page_faults
+def page_faults(loader) -> int | None:
+    """Pages of memory the system has supplied so far to this process and the loader's workers, dead or alive; None where untold."""
+    workers = isinstance(loader, DataLoader)
+    if sys.platform == "win32" or (workers and (sys.platform != "linux" or get_start_method() != "fork")):
+        return None  # the workers are not our children, or do not tell
+    import resource  # not on Windows
+
     faults = sum(resource.getrusage(who).ru_minflt for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     for worker in active_children():
-        status = Path(f"/proc/{worker.pid}/stat")
-        if status.exists():
-            faults += int(status.read_text().rsplit(")", 1)[1].split()[7])  # minflt of man 5 proc
+        faults += int(Path(f"/proc/{worker.pid}/stat").read_text().rsplit(")", 1)[1].split()[7])  # minflt of man 5 proc
     return faults
 
 
@@ -165,45 +172,62 @@ def time_epoch(loader, epoch: int) -> dict:
         return loader.time_epoch()
     if isinstance(loader, FastLoader):
         loader.set_epoch(epoch)
-    faults, begin = page_faults(), time.perf_counter()
+    faults, begin = page_faults(loader), time.perf_counter()
     images = sum(len(batch) for batch in loader)
     seconds = time.perf_counter() - begin
-    return {"images": images, "images_per_s": images / seconds, "page_faults": page_faults() - faults}
+    faults = None if faults is None else page_faults(loader) - faults
+    return {"images": images, "images_per_s": images / seconds, "page_faults": faults}
 
 
 def time_all(loaders: dict, epochs: int) -> dict[str, list[dict]]:
     """Time every loader for `epochs` epochs after one that does not count, A B C A B C ...; the runs by name."""
-    runs = {name: [] for name in loaders}
+    runs, lost = {name: [] for name in loaders}, set()
     with tqdm(total=(epochs + 1) * len(loaders), desc="epochs", unit="epoch") as progress:
         for epoch in range(epochs + 1):
             for name, loader in loaders.items():
                 progress.set_postfix_str(name)
-                run = time_epoch(loader, epoch)
-                if epoch:
-                    runs[name].append(run)
+                try:
+                    run = time_epoch(loader, epoch)
+                except BrokenExecutor:  # a peer's process died
+                    lost.add(name)
+                else:
+                    runs[name] += [run] if epoch else []
                 progress.update()
-    return runs
+    for name in lost:
+        print(f"{name} is left out: its process died, of too little memory most likely")
+    return {name: mine for name, mine in runs.items() if name not in lost}
+
+
+def say_what_is_missing() -> None:
+    """Two rungs need packages that may be missing on rarer machines; say so, since their names promise them."""
+    if decode_jpeg is None:
+        print("missing    simplejpeg: the rungs from '+ faster decoder' on decode with PIL")
+    if njit is None:
+        print("missing    numba: the rungs from '+ compiled augmentation' on warp with NumPy, several times slower")
 
 
 def main(args) -> list[dict]:
-    folder = args.path_to_folder or default_folder()
-    workers = args.num_workers or usable_cpus()
+    say_what_is_missing()
+    args.path_to_folder = str(args.path_to_folder or default_folder())
+    args.num_workers = args.num_workers or usable_cpus()
     if args.quick:
         args.batch_size, args.epochs = min(args.batch_size, 64), min(args.epochs, 2)
     limit = 512 if args.quick else None
-    rungs = build_rungs(folder, args.batch_size, workers, args.seed, limit)
-    ceilings = {name: kind(folder, args.batch_size, workers, args.seed, limit=limit) for name, kind in CEILINGS.items()}
+    common = {"folder": args.path_to_folder, "batch_size": args.batch_size, "workers": args.num_workers, "seed": args.seed, "limit": limit}
+    rungs, ceilings = build_rungs(**common), build_ceilings(**common)
     fastest = rungs[BEST]
-    for loader in [rungs[CACHED], *ceilings.values()]:
-        loader.ring = fastest.ring  # they run one after the other: one ring serves them all
-    size_mb = fastest.ring[0].nbytes / 1e6
-    print(f"data set   {len(fastest.files):,} images of {fastest.width}x{fastest.height} in {folder}; {workers} workers or threads")
-    print(f"memory     {len(fastest.ring)} batches of {size_mb:,.0f} MB in the ring; {2 * workers} in flight with worker processes")
+    fastest.buffer(0)
+    for loader in [rungs.get(CACHED), *ceilings.values()]:
+        if loader:
+            loader.ring = fastest.ring  # they run one after the other: one ring serves them all
+    size_mb, images = fastest.ring[0].nbytes / 1e6, len(fastest.files)
+    print(f"data set   {images:,} images of {fastest.width}x{fastest.height} in {args.path_to_folder}")
+    print(f"memory     {len(fastest.ring)} batches of {size_mb:,.0f} MB in the ring; {args.num_workers} workers or threads")
     prove_equal(fastest.files[:64], args.seed)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
-        peers = start_peers(folder, Path(work), args.batch_size, workers) if args.peers else {}
+        peers = start_peers(args.path_to_folder, Path(work), args.batch_size, args.num_workers) if args.peers else {}
         runs = time_all(rungs | ceilings | peers, args.epochs)
-    for name in peers:
+    for name in [name for name in runs if name in peers]:
         print(f"{BEST}, against {name}: {in_words(ratio(runs[BEST], runs[name]))}")
     return table(runs, list(rungs))
 
@@ -220,5 +244,5 @@ if __name__ == "__main__":
     rows = main(args)
     print_table([{key: value for key, value in row.items() if key != "runs_images_per_s"} for row in rows])
     print(conclusions(rows))
-    save_figure(plot_ladder(rows), __file__, "rungs", args, f"batch {args.batch_size}, {args.epochs} epochs of each in turn")
     save_results(__file__, args, rows)
+    save_figure(plot_ladder(rows), __file__, "rungs", args, f"batch {args.batch_size}, {args.epochs} epochs of each in turn")

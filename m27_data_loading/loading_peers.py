@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import atomic_path
+from m27_data_loading import affine
 from m27_data_loading import fast_loader as ours
 from m27_data_loading.lfw_dataset import find_images, load_rgb
 
@@ -65,7 +66,7 @@ class Tasks:
         for number in range(ours.RING):
             free.put(number)
         order = rng.permutation(len(loader.files))
-        matrices = ours.inverse_matrices(ours.random_affine(rng, len(order), loader.height, loader.width), loader.height, loader.width)
+        matrices = affine.inverse_matrices(affine.random_affine(rng, len(order), loader.height, loader.width), loader.height, loader.width)
         for start in range(0, len(order), loader.batch_size):
             number, count = free.get(), min(loader.batch_size, len(order) - start)
             for row in range(0, count, loader.task):
@@ -76,7 +77,7 @@ class Tasks:
     def run(self, task: tuple) -> tuple[int, int]:
         """One task, in a thread of the peer's."""
         number, rows, chosen, matrices, complete = task
-        self.loader.fill(self.loader.ring[number].numpy()[rows], chosen, matrices)
+        self.loader.fill(self.loader.buffer(number).numpy()[rows], chosen, matrices)
         return number, complete
 
     def batches(self, done: Iterable[tuple[int, int]]) -> Iterator[torch.Tensor]:
@@ -84,7 +85,7 @@ class Tasks:
         for number, complete in done:
             if complete:
                 try:
-                    yield self.loader.ring[number][:complete]
+                    yield self.loader.buffer(number)[:complete]
                 finally:
                     self.free.put(number)
 
@@ -117,10 +118,10 @@ def open_webdataset(folder: Path, work: Path, batch_size: int, threads: int) -> 
         for buffer in itertools.cycle([0, 1]):
             if not (batch := list(itertools.islice(samples, batch_size))):
                 return
-            matrices = ours.inverse_matrices(ours.random_affine(rng, len(batch), height, width), height, width)
+            matrices = affine.inverse_matrices(affine.random_affine(rng, len(batch), height, width), height, width)
             for (jpeg,), matrix, out in zip(batch, matrices, ring[worker, buffer].numpy(), strict=False):
                 ours.decode_jpeg(jpeg, "RGB", buffer=pixels[:-1])
-                ours.warp_into(ours.as_words(pixels, height, width), matrix, out)
+                affine.warp_into(affine.as_words(pixels, height, width), matrix, out)
             yield worker, buffer, len(batch)
 
     urls = sorted(str(path) for path in shards.glob("*.tar"))
@@ -181,10 +182,10 @@ def open_dali(folder: Path, work: Path, batch_size: int, threads: int) -> Epochs
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None)
     def pipeline():
         jpegs, _ = fn.readers.file(files=files, shuffle_after_epoch=True, pad_last_batch=True, prefetch_queue_depth=2)
-        zoom = fn.random.uniform(range=list(ours.ZOOM))
-        shift = math.floor(fn.random.uniform(range=[-ours.SHIFT, ours.SHIFT], shape=2) * np.float32([width, height]) + 0.5)
+        zoom = fn.random.uniform(range=list(affine.ZOOM))
+        shift = math.floor(fn.random.uniform(range=[-affine.SHIFT, affine.SHIFT], shape=2) * np.float32([width, height]) + 0.5)
         matrix = fn.transforms.scale(scale=fn.stack(zoom, zoom), center=centre)
-        matrix = fn.transforms.rotation(matrix, angle=fn.random.uniform(range=[-ours.DEGREES, ours.DEGREES]), center=centre)
+        matrix = fn.transforms.rotation(matrix, angle=fn.random.uniform(range=[-affine.DEGREES, affine.DEGREES]), center=centre)
         matrix = fn.transforms.translation(matrix, offset=shift)
         images = fn.decoders.image(jpegs, device="cpu")
         images = fn.warp_affine(images, matrix=matrix, inverse_map=False, interp_type=types.INTERP_NN, fill_value=0)
@@ -233,12 +234,12 @@ def open_ffcv(folder: Path, work: Path, batch_size: int, threads: int) -> Epochs
 
     @njit(nogil=True)
     def warp(words, out):  # the matrix is drawn here: a compiled operation sees no array that changes from epoch to epoch
-        angle, zoom = math.radians(np.random.uniform(-ours.DEGREES, ours.DEGREES)), np.random.uniform(ours.ZOOM[0], ours.ZOOM[1])
-        x = 0.5 - width / 2 - np.round(np.random.uniform(-ours.SHIFT * width, ours.SHIFT * width))
-        y = 0.5 - height / 2 - np.round(np.random.uniform(-ours.SHIFT * height, ours.SHIFT * height))
+        angle, zoom = math.radians(np.random.uniform(-affine.DEGREES, affine.DEGREES)), np.random.uniform(affine.ZOOM[0], affine.ZOOM[1])
+        x = 0.5 - width / 2 - np.round(np.random.uniform(-affine.SHIFT * width, affine.SHIFT * width))
+        y = 0.5 - height / 2 - np.round(np.random.uniform(-affine.SHIFT * height, affine.SHIFT * height))
         cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
         inverse = np.array([cos, sin, cos * x + sin * y + width / 2, -sin, cos, cos * y - sin * x + height / 2])
-        ours.warp_into(words, np.floor(inverse * 65536 + 0.5).astype(np.int64), out)
+        affine.warp_into(words, np.floor(inverse * 65536 + 0.5).astype(np.int64), out)
 
     class DecodeAndWarp(SimpleRGBImageDecoder):
         def declare_state_and_memory(self, previous_state):

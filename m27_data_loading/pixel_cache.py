@@ -5,6 +5,7 @@ has another fingerprint, so a stale file is never read; it is removed when its s
 250 x 250 take 2.5 GB, against 0.1 GB of JPEGs: the price of not decoding.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -28,20 +29,22 @@ def fingerprint(files: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_cache(folder: str | Path, files: list[str], shape: tuple[int, int, int], decode_into, threads: int) -> np.ndarray:
+def open_cache(folder, files: list[str], shape: tuple[int, int, int], decode_into, threads: int, limit: int | None) -> np.ndarray:
     """Map the pixels of `files`, each `shape` (height, width, 3), into memory; write them first where they are missing or stale.
 
-    Returns uint8, image after image and one byte more (see fast_loader.as_words). decode_into(file, pixels) decodes one image.
+    Returns uint8, image after image and one byte more (see affine.as_words). decode_into(file, pixels) decodes one image; `limit`
+    says that `files` are only the first so many of the folder.
     """
     folder = Path(folder).resolve()
-    family = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    family = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}-{'all' if limit is None else limit}"
     path = DATA / "cache" / f"{family}-{fingerprint(files)}.rgb"
     size = len(files) * int(np.prod(shape)) + 1
     if not path.is_file() or path.stat().st_size != size:
         write_cache(path, files, shape, decode_into, threads, size)
         for old in path.parent.glob(f"{family}-*.rgb"):
             if old != path:
-                old.unlink()  # of an earlier state of this folder
+                with contextlib.suppress(PermissionError):  # Windows: another process has it mapped
+                    old.unlink()  # of an earlier state of this folder
     return np.memmap(path, np.uint8, mode="r")
 
 
@@ -50,8 +53,9 @@ def write_cache(path: Path, files: list[str], shape: tuple[int, int, int], decod
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < size:
+        place = display_path(path.parent)
         raise InputError(
-            f"the cache needs {size / 1e9:.1f} GB in {display_path(path.parent)} and {free / 1e9:.1f} are free: move COURSE_DATA"
+            f"decoded pixels need {size / 1e9:.1f} GB in {place}, {free / 1e9:.1f} are free: point COURSE_DATA to another disk"
         )
 
     def decoded(file: str) -> np.ndarray:

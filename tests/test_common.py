@@ -1,12 +1,14 @@
 """common.py: flags in every spelling, errors of one line, honest timing, tables, files that are whole or absent."""
 
 import errno
+import importlib.metadata
 import json
 import statistics
 import subprocess
 import sys
 import time
 
+import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -43,6 +45,7 @@ def test_values_keep_their_hyphens(parser):
         (["-num_workers", "two"], ["-num_workers", "'two'", "whole number"]),
         (["-num_worker", "2"], ["-num_worker", "there is no flag -num_worker, did you mean -num_workers?"]),
         (["-device", "tpu"], ["-device", "'tpu'", "cpu"]),
+        (["-seed", "99999999999999999999"], ["-seed", "at most 4294967295"]),
         (["-num_threads", "0"], ["-num_threads", "'0'", "at least 1"]),
     ],
 )
@@ -103,9 +106,19 @@ def test_measure_sees_a_sleep_and_counts_its_runs():
     assert timing.sd_ms == pytest.approx(statistics.stdev(timing.runs_ms))
 
 
-def test_alternating_measurement_keeps_the_order_of_costs():
-    timings = common.measure_alternately({"short": lambda: time.sleep(0.005), "long": lambda: time.sleep(0.02)}, CPU, repeats=3)
-    assert timings["short"].median_ms < timings["long"].median_ms
+def test_alternating_measurement_takes_turns():
+    called = []
+    timings = common.measure_alternately({name: lambda name=name: (called.append(name), time.sleep(0.02)) for name in "ab"}, CPU, repeats=3)
+    turns = "".join(name for number, name in enumerate(called) if number == 0 or name != called[number - 1])
+    assert turns == "abababab" and all(len(timing.runs_ms) == 3 for timing in timings.values())
+
+
+def test_data_scripts_do_without_torch():
+    code = (
+        "import sys, data.download, data.sample; common = sys.modules['common']; common.parse(common.new_parser('', computes=False), []); "
+    )
+    code += "assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, check=True)
 
 
 def test_the_spread_is_that_of_a_sample():
@@ -150,7 +163,7 @@ def test_results_name_machine_versions_and_flags(parser, monkeypatch, tmp_path):
     content = json.loads(common.save_results("some/where/script.py", args, [{"latency_ms": 1.5}]).read_text())
     assert set(content) == {"script", "created", "machine", "versions", "flags", "rows"}
     assert content["script"] == "script.py" and content["flags"]["seed"] == 9 and content["rows"] == [{"latency_ms": 1.5}]
-    assert content["versions"]["torch"] == torch.__version__.split("+")[0] and content["machine"]["usable_cpus"] >= 1
+    assert content["versions"]["torch"] == importlib.metadata.version("torch") and content["machine"]["usable_cpus"] >= 1
 
 
 def test_a_figure_is_a_png_with_the_script_in_its_name(parser, monkeypatch, tmp_path):
@@ -161,6 +174,6 @@ def test_a_figure_is_a_png_with_the_script_in_its_name(parser, monkeypatch, tmp_
 
 def test_no_screen_is_said_when_a_window_is_asked_for(parser, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr(common.matplotlib, "get_backend", lambda: "agg")
+    monkeypatch.setattr(matplotlib, "get_backend", lambda: "agg")
     common.save_figure(plt.figure(), "script.py", "rates", common.parse(parser, ["-show"]))
     assert "open the file instead" in capsys.readouterr().out
