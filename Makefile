@@ -30,6 +30,6 @@ lint: $(READY)
 # The copy in .venv is written last: an interrupted set-up is done again, a finished one only when requirements.txt has changed.
 $(READY): requirements.txt
 	@cmp -s requirements.txt $@ && touch $@ || { \
-	$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")' && \
+	$(PYTHON) -c 'import sys; sys.version_info < (3, 11, 4) and sys.exit("Python 3.11.4 or newer is needed: make PYTHON=python3.12")' && \
 	echo "Setting up .venv: the first time some minutes and several GB, most of it PyTorch" && \
 	$(PYTHON) -m venv .venv && $(RUN) -m pip install --disable-pip-version-check -r requirements.txt && cp requirements.txt $@; }

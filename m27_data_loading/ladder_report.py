@@ -9,6 +9,7 @@ import statistics
 import matplotlib.pyplot as plt
 
 CEILINGS = ("decode alone", "write alone", "decode and write")
+WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind a number, where a line may pass
 BEST, CACHED = "+ memory used again", "+ decoded pixels on disk"  # the fastest loader that decodes, and the one that need not
 
 
@@ -48,18 +49,20 @@ def plot_ladder(rows: list[dict]) -> plt.Figure:
     """A bar of images/s for each loader, the exercise's on top, every epoch a dot; the ceilings are lines."""
     bars = [row for row in rows if row["rung"] not in CEILINGS]
     ceilings = {row["rung"]: row["images_per_s"] for row in rows if row["rung"] in CEILINGS}
+    widest = max(max(row["runs_images_per_s"]) for row in bars)
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(bars) + 1.8))
     for place, row in enumerate(bars):
         axes.barh(place, row["images_per_s"], color="tab:grey" if row["rung"].startswith("peer") else "tab:blue", alpha=0.7)
         axes.plot(row["runs_images_per_s"], [place] * len(row["runs_images_per_s"]), ".", color="black", markersize=4)
-        axes.text(max(row["runs_images_per_s"]), place, f"  {row['images_per_s']:,.0f} ({row['x_naive']:.1f}x)", fontsize=8, va="center")
+        text = f"{row['images_per_s']:,.0f} ({row['x_naive']:.1f}x)"
+        axes.text(max(row["runs_images_per_s"]) + 0.015 * widest, place, text, fontsize=8, va="center", bbox=WHITE_BOX)
     for name, colour in {"decode and write": "tab:red", "decode alone": "tab:orange"}.items():
         axes.axvline(ceilings[name], color=colour, linestyle=":", label=f"ceiling: {name}, {ceilings[name]:,.0f}")
     axes.plot([], [], " ", label=f"ceiling: write alone, {ceilings['write alone']:,.0f}")
     axes.set_yticks(range(len(bars)), [row["rung"] for row in bars])
     axes.invert_yaxis()
     axes.set(xlabel="images/s, whole epochs (dots: every epoch, bars: median)")
-    axes.set_xlim(0, 1.25 * max(max(row["runs_images_per_s"]) for row in bars))
+    axes.set_xlim(0, 1.25 * widest)
     figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=7, frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 0.95))
     return figure
