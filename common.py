@@ -17,9 +17,11 @@ import difflib
 import errno
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
+import signal
 import statistics
 import sys
 import textwrap
@@ -120,7 +122,7 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
         # An error out of a DataLoader worker arrives as text with the worker's traceback; the sentence is its last line.
         print(f"error: {text.splitlines()[-1].removeprefix('common.InputError: ')}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
-        print("\nstopped by Ctrl-C", file=sys.stderr)
+        end_by_ctrl_c()
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
     elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
@@ -128,6 +130,19 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
         print(f"error: {reason}: memory ran out, most likely; try fewer workers or a smaller batch", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def end_by_ctrl_c() -> None:
+    """End this process and its workers at once: unloading torch takes a second or more, and all files are closed by now."""
+    print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(timeout=1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)  # dies by the signal, so that a shell loop around the script stops as well
 
 
 def positive_int(text: str) -> int:

@@ -1,13 +1,17 @@
 """Every test works on data and results in one temporary folder, so that a run leaves nothing behind in the tree."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -32,6 +36,40 @@ def run_script():
         return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+@pytest.fixture
+def start_script():
+    """Start a script in a process group of its own and go on; whatever is left of it is killed when the test ends."""
+    started = []
+
+    def start(script: str, *flags, **environment) -> subprocess.Popen:
+        command, streams = [sys.executable, str(ROOT / script), *map(str, flags)], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **streams))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def press_ctrl_c():
+    """Press Ctrl-C as a terminal does: the script and all its processes get it; what it said, once it ended in time."""
+
+    def press(process: subprocess.Popen, within_s: float) -> str:
+        family, begin = psutil.Process(process.pid).children(recursive=True), time.time()
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert time.time() - begin < within_s
+        assert process.returncode != 0 and "stopped by Ctrl-C" in said and "Traceback" not in said
+        assert psutil.wait_procs(family, timeout=1)[1] == []  # a process that nobody waits for ends a moment after its parent
+        return said
+
+    return press
 
 
 @pytest.fixture

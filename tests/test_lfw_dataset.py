@@ -1,12 +1,9 @@
 """lfw_dataset.py: the data set, what a worker loads, the timing's promises, and what is said about bad input."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -276,45 +273,49 @@ def test_a_broken_image_ends_the_run_with_a_sentence(run_script, copy_of_faces):
     assert said.startswith("error: ") and "Person_03_0002.jpg cannot be read as an image" in said and "Traceback" not in done.stderr
 
 
-@contextlib.contextmanager
-def endless_run(faces, tmp_path):
-    """The script, loading a folder that keeps it busy for long; its process, once its two workers are there."""
+@pytest.fixture
+def endless_run(faces, tmp_path, start_script):
+    """The script, loading a folder that keeps it busy for long; its process and its two workers, once they are there."""
     for number in range(400):
         shutil.copytree(faces, tmp_path / "many" / str(number))
-    command = [sys.executable, str(ROOT / SCRIPT), "-path_to_folder", str(tmp_path / "many"), "-batch_size", "16", "-num_workers", "2"]
-    command += ["-start_method", "fork"]  # so that the children of the process are its workers and nothing else
-    process = subprocess.Popen(
-        [*command, "-augment", "complex"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        parent, deadline = psutil.Process(process.pid), time.time() + 60
-        while len(parent.children()) < 2 and time.time() < deadline:
-            time.sleep(0.05)
-        time.sleep(1)  # past the workers' start
-        yield process, parent.children(recursive=True)
-    finally:
-        process.kill()
-        process.communicate()
+    flags = [
+        "-path_to_folder",
+        tmp_path / "many",
+        "-batch_size",
+        "16",
+        "-num_workers",
+        "2",
+        "-augment",
+        "complex",
+        "-batches_to_check",
+        "100000",
+    ]
+    process = start_script(SCRIPT, *flags, "-start_method", "fork")  # so that the process's children are its workers and nothing else
+    parent, deadline = psutil.Process(process.pid), time.time() + 60
+    while len(parent.children()) < 2 and time.time() < deadline:
+        time.sleep(0.01)
+    return process, parent.children()
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("torch*")}
 
 
 @pytest.mark.skipif("fork" not in START_METHODS, reason="finds the workers by forking them")
-def test_ctrl_c_ends_soon_and_leaves_nothing(faces, tmp_path):
-    shared = set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()  # noqa: PTH208
-    with endless_run(faces, tmp_path) as (process, workers):
-        begin = time.time()
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does: main process and workers get it
-        _, said = process.communicate(timeout=20)
-        assert time.time() - begin < 5  # two seconds on a quiet machine
-        assert process.returncode != 0 and "stopped by Ctrl-C" in said and "Traceback" not in said
-        assert len(workers) == 2 and not any(worker.is_running() for worker in workers)
-    if Path("/dev/shm").exists():
-        assert {name for name in os.listdir("/dev/shm") if name.startswith("torch")} <= shared  # noqa: PTH208
+@pytest.mark.parametrize("after_s", [0.2, 1.5])
+def test_ctrl_c_ends_soon_and_leaves_nothing(endless_run, press_ctrl_c, after_s):
+    process, workers = endless_run
+    shared = shared_memory()
+    time.sleep(after_s)
+    press_ctrl_c(process, within_s=2)
+    assert len(workers) == 2 and shared_memory() <= shared
 
 
 @pytest.mark.skipif("fork" not in START_METHODS, reason="finds the workers by forking them")
-def test_a_killed_worker_is_said(faces, tmp_path):
-    with endless_run(faces, tmp_path) as (process, workers):
-        workers[0].kill()
-        _, said = process.communicate(timeout=20)
-        assert process.returncode == 1
-        assert re.search(r"error: DataLoader worker .*(is killed by signal|exited unexpectedly)", said) and "Traceback" not in said
+def test_a_killed_worker_is_said(endless_run):
+    process, workers = endless_run
+    time.sleep(0.5)
+    workers[0].kill()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert re.search(r"error: DataLoader worker .*(is killed by signal|exited unexpectedly)", said) and "Traceback" not in said

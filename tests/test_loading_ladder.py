@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,16 @@ def test_peers_that_are_missing_or_do_not_start_are_named(faces, tmp_path, monke
 def test_a_peer_delivers_every_image_from_a_process_of_its_own(faces, tmp_path):
     peer = peer_process.Peer("torchdata", faces, tmp_path, 8, 2)
     assert loading_ladder.time_epoch(peer, 0)["images"] == 30
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="only on Linux and macOS a test can press Ctrl-C for another process")
+def test_ctrl_c_ends_soon(start_script, press_ctrl_c):
+    process = start_script("m27_data_loading/loading_ladder.py", "-batch_size", "128")
+    for line in process.stdout:
+        if "values differ" in line:  # said before the rungs are timed
+            break
+    time.sleep(1)
+    press_ctrl_c(process, within_s=2)
 
 
 def test_the_run_of_a_learner(run_script, results):
