@@ -253,11 +253,18 @@ def atomic_path(path: Path):
 
     What a process left that was killed while it wrote is removed by the next one that writes the same file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        move = f"set {'COURSE_RESULTS' if path.is_relative_to(RESULTS) else 'COURSE_DATA'} to a folder that you may write to"
+        raise InputError(f"cannot write {display_path(path)} ({error.strerror}): {move}") from error
     for left in path.parent.glob(f".{path.name}.*.part*"):
         if not psutil.pid_exists(int(left.name.removeprefix(f".{path.name}.").split(".")[0])):
             left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb+") as file:

@@ -14,6 +14,7 @@ environment variable COURSE_DATA puts the data elsewhere.
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -86,7 +87,8 @@ def unpack(archive: Path, folder: Path) -> None:
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         if getattr(error, "errno", None):  # the disk, not the archive
             raise
-        raise InputError(f"{archive.name} is not a tar archive, or is damaged: {error}") from error
+        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile lists in more lines what each compression had to say
+        raise InputError(f"{archive.name} is not a tar archive, or is damaged: {reason}") from error
 
 
 def install(archive: Path, name: str, work: Path) -> None:
@@ -130,7 +132,9 @@ def work_folder(name: str):
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock_file = (work / "lock").open("w")
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise InputError(f"{DATA} cannot be written to ({error.strerror}): set COURSE_DATA to a folder that can") from error
     with lock_file:
         if not lock(lock_file):
@@ -159,7 +163,9 @@ def tidy(work: Path) -> None:
 def archive_for(args: argparse.Namespace, work: Path) -> Path:
     """The archive to unpack, from the mirrors or from where -from says; raises InputError."""
     if args.source is None:
-        return download(DATASETS[args.name].sources, work)
+        archive = download(DATASETS[args.name].sources, work)
+        print("SHA-256: as it should be")  # download gives nothing else
+        return archive
     remote = re.match("https?://", args.source)
     archive = download((Source(args.source, args.sha256),), work) if remote else at_hand(args.source)
     check_foreign(archive, args.name, args.sha256)
@@ -184,7 +190,7 @@ def main(args: argparse.Namespace) -> list[Path]:
 
 if __name__ == "__main__":
     parser = new_parser(__doc__, computes=False)
-    parser.add_argument("name", choices=DATASETS, help="the data set to fetch")
+    parser.add_argument("name", metavar="lfw|cifar10", choices=DATASETS, help="the data set to fetch")
     parser.add_argument("-from", dest="source", metavar="FILE_OR_URL", help="take this archive instead of the mirrors'")
     parser.add_argument("-sha256", type=str.lower, help="the checksum that the archive of -from must have")
     parser.add_argument("-force", action="store_true", help="fetch again what is there and replace it")

@@ -1,7 +1,7 @@
 """Drawn stand-ins for LFW and CIFAR-10, so that every exercise runs before anything is downloaded.
 
     python data/sample.py
-    python data/sample.py -images 512 -force
+    python data/sample.py -images 512     fewer faces; an exercise takes them with -path_to_folder data/sample_lfw, else draws its 2,048
 
 The faces have LFW's layout, image size, kind of JPEG, bytes a file and uneven numbers of images a person: reading and decoding
 them costs what it costs with LFW. The shapes have CIFAR-10's layout; a convolutional network can learn them, a linear model

@@ -142,6 +142,19 @@ def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "file")
+    with (
+        pytest.raises(common.InputError, match=r"cannot write .*a.json .*: set COURSE_RESULTS"),
+        common.atomic_path(common.RESULTS / "a.json"),
+    ):
+        pass
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    with pytest.raises(common.InputError, match="set COURSE_DATA"), common.atomic_path(tmp_path / "file" / "a.rgb"):
+        pass
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path):
     path = tmp_path / "a.rgb"
     code = f"""
