@@ -101,8 +101,16 @@ def warp_with_numpy(words: np.ndarray, matrix: np.ndarray, out: np.ndarray) -> N
         np.divide(pixels >> (8 * channel) & 255, np.float32(255), out=out[channel], casting="same_kind")
 
 
+def compiled(function):
+    """The function compiled by numba, kept beside this file or in the user's home; where neither may be written, for this run only."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # "no locator available"
+        return njit(nogil=True)(function)
+
+
 if njit:
-    inside = njit(nogil=True, cache=True)(_inside)
-    warp_into = njit(nogil=True, cache=True)(_warp_into)
+    inside = compiled(_inside)
+    warp_into = compiled(_warp_into)
 else:
     warp_into = warp_with_numpy

@@ -20,6 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from common import DATA, InputError, atomic_path, display_path
 
 
+class NoPlace(InputError):
+    """The decoded pixels cannot be kept, for lack of space or of permission; everything that decodes works without them."""
+
+
 def fingerprint(files: list[str]) -> str:
     """16 hexadecimal digits that change when an image is added, removed, renamed or rewritten."""
     digest = hashlib.sha256()
@@ -50,13 +54,14 @@ def open_cache(folder, files: list[str], shape: tuple[int, int, int], decode_int
 
 def write_cache(path: Path, files: list[str], shape: tuple[int, int, int], decode_into, threads: int, size: int) -> None:
     """Decode `files` on all threads and write them in order; the file appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    place = display_path(path.parent)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise NoPlace(f"decoded pixels cannot be written to {place}: point COURSE_DATA to a folder that you may write to")
     free = shutil.disk_usage(path.parent).free
     if free < size:
-        place = display_path(path.parent)
-        raise InputError(
-            f"decoded pixels need {size / 1e9:.1f} GB in {place}, {free / 1e9:.1f} are free: point COURSE_DATA to another disk"
-        )
+        raise NoPlace(f"decoded pixels need {size / 1e9:.1f} GB in {place}, {free / 1e9:.1f} are free: point COURSE_DATA to another disk")
 
     def decoded(file: str) -> np.ndarray:
         pixels = np.empty(shape, np.uint8)
