@@ -8,10 +8,11 @@ Every rung delivers the same: shuffled float32 batches (n, 3, height, width) in 
 Before anything is timed, the compiled augmentation is compared with torchvision's, value by value. All rungs are timed in one
 run, one epoch each in turn, so that their ratios hold on a machine whose speed drifts.
 
-How to read the table: x_before is the gain over the rung before, x_naive over the first; of_ceiling is the share of what the
-machine can do at most for that work: decode every file and write every batch on all cores, with nothing in between (a rung that
-reads decoded pixels is held against the writing alone). page_faults counts how often the operating system had to supply a page
-of memory, 4 kB on most machines, during an epoch: a batch of 512 in fresh memory is 93,750 of them, in used memory none.
+How to read the table: x_before is the gain over the rung before, clear whether all rounds agree on its direction (if not, it is
+noise), x_naive the gain over the first; of_ceiling is the share of what the machine can do at most for that work: decode every file
+and write every batch on all cores, with nothing in between (a rung that reads decoded pixels is held against the writing alone).
+page_faults counts how often the operating system had to supply a page of memory, 4 kB on most machines, during an epoch: a batch of
+512 in fresh memory is 93,750 of them, in used memory none.
 """
 
 import sys
@@ -30,12 +31,13 @@ from torchvision.transforms import functional
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, new_parser, parse, positive_int, print_table, save_figure, save_results
+from common import new_parser, parse, positive_int, print_table, save_figure, save_results
 from m27_data_loading.affine import as_words, inverse_matrices, njit, random_affine, warp_into
 from m27_data_loading.fast_loader import FastLoader, decode_into, decode_jpeg
 from m27_data_loading.ladder_report import BEST, CACHED, conclusions, in_words, plot_ladder, ratio, table
 from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, default_folder, load_rgb
 from m27_data_loading.peer_process import Peer, start_peers
+from m27_data_loading.pixel_cache import NoPlace
 from machine import usable_cpus
 
 # ---- the rungs -------------------------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def build_rungs(folder: str, batch_size: int, workers: int, seed: int, limit: in
     }
     try:
         rungs[CACHED] = FastLoader(folder, **threaded, cache=True)
-    except InputError as error:  # no space for the decoded pixels
+    except NoPlace as error:
         print(f"left out   {CACHED}: {error}")
     return rungs
 

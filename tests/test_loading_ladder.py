@@ -79,6 +79,7 @@ def test_gains_are_medians_of_ratios_within_a_round():
 def test_a_verdict_needs_all_rounds_to_agree():
     assert ladder_report.in_words([1.2, 1.1, 1.4]) == "1.20x (1.10 to 1.40), faster"
     assert ladder_report.in_words([0.5, 0.9]).endswith("slower") and ladder_report.in_words([0.9, 1.2]).endswith("cannot tell")
+    assert ladder_report.in_words([1.5]).endswith("cannot tell")  # one round agrees with itself
 
 
 def test_peers_that_are_missing_or_do_not_start_are_named(faces, tmp_path, monkeypatch, capsys):
