@@ -117,7 +117,8 @@ def warn_about(args, images: int) -> None:
     if most > usable:
         print(f"warning: {most} workers on {usable} usable CPUs: they take turns, so expect no gain beyond {usable} workers")
     if args.persistent_workers and args.batches_to_check < batches:
-        print("warning: workers kept alive go on loading when a pass stops early, beside the next one: leave out one of the two flags")
+        print("warning: workers kept alive go on loading when a pass stops early, beside the next one:")
+        print("         leave out -persistent_workers, or load all batches (-batches_to_check, which -quick makes small)")
     if args.pin_memory and args.device.type != "cuda":
         print("warning: -pin_memory serves the copy to a CUDA device and there is none here, so it is left out")
         args.pin_memory = False
@@ -186,7 +187,9 @@ def plot_sweep(rows: list[dict]) -> plt.Figure:
         for row in mine:  # a little to the left, so that the bar does not hide them
             axes.plot([row["num_workers"] - 0.06] * row["passes"], row["runs_images_per_s"], ".", color=colour, alpha=0.5, markersize=7)
         medians, deviations = ([row[key] for row in mine] for key in ("images_per_s", "sd_images_per_s"))
-        axes.errorbar(workers, medians, yerr=deviations, color=colour, capsize=4, label=f"{augment} augmentation: median, sd")
+        axes.errorbar(
+            workers, medians, yerr=deviations, fmt="-o", markersize=4, color=colour, capsize=4, label=f"{augment} augmentation: median, sd"
+        )
         base = next((row for row in mine if row["num_workers"] == 1), None)
         if base and len(mine) > 1:
             ideal = [row["num_workers"] for row in mine if row["num_workers"] >= 1]
@@ -194,7 +197,10 @@ def plot_sweep(rows: list[dict]) -> plt.Figure:
                 ideal, [base["images_per_s"] * n for n in ideal], "--", color=colour, linewidth=1, alpha=0.6, label="ideal: n x one worker"
             )
     mark_cores(axes)
-    axes.set(xlabel="number of workers (0: the main process loads)", ylabel="images/s, steady state", ylim=(0, None))
+    axes.set(xlabel="number of workers (0: the main process loads)", ylabel="images/s, steady state")
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # one number of workers gives a narrow range, whose bar would end at the frame
+    left, right = axes.get_xlim()
+    axes.set_xlim(left - 0.5, right + 0.5)
     axes.set_xticks(sorted({row["num_workers"] for row in rows}))
     axes.legend(fontsize=8)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
@@ -207,6 +213,7 @@ def mark_cores(axes: plt.Axes) -> None:
     marks = {usable: "usable CPUs"}
     if physical_cores:
         marks[physical_cores] = "physical cores" if physical_cores != usable else "physical = usable cores"
-    for cores, text in marks.items():
+    sides = ["center"] if len(marks) == 1 else ["right", "left"]  # away from each other, however close the lines
+    for (cores, text), side in zip(sorted(marks.items()), sides, strict=True):
         axes.axvline(cores, color="grey", linestyle=":", linewidth=1)
-        axes.text(cores, 1.01, f"{cores} {text}", color="grey", fontsize=7, ha="center", va="bottom", transform=axes.get_xaxis_transform())
+        axes.text(cores, 1.01, f"{cores} {text}", color="grey", fontsize=7, ha=side, va="bottom", transform=axes.get_xaxis_transform())
