@@ -97,7 +97,9 @@ def load_rgb(path: str, resize: int | None = None) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
         if reason := getattr(error, "strerror", None):  # the system is to blame, not the image
             raise InputError(f"{path} cannot be opened: {reason}") from error
-        raise InputError(f"{path} cannot be read as an image ({type(error).__name__}): remove it, or load with -on_error skip") from error
+        raise InputError(
+            f"{path} cannot be read as an image ({type(error).__name__}): remove it (lfw_dataset.py -on_error skip goes on without it)"
+        ) from error
 
 
 class LFWDataset(Dataset):
@@ -175,12 +177,14 @@ def load_once(args) -> tuple[list[dict], set]:
     if first is None:
         raise InputError(f"none of the images loaded from {args.path_to_folder} can be read")
     size_mb, people = first.nbytes / 1e6, {Path(file).parent for file in dataset.files}
-    waiting = batches_in_flight(workers, args.prefetch_factor, len(loader))
+    waiting, ahead = batches_in_flight(workers, args.prefetch_factor, len(loader)), workers * args.prefetch_factor
+    if workers == 0:
+        reason = "without workers nothing is loaded ahead"
+    else:
+        reason = f"{workers} workers {args.prefetch_factor} ahead each, 1 in use" + (", but there are no more" if waiting <= ahead else "")
     print(f"data set   {len(dataset):,} images of {len(people):,} people in {args.path_to_folder}")
     print(f"batch      {tuple(first.shape)}, {first.dtype}, values {first.min():.3f} to {first.max():.3f}, {size_mb:,.1f} MB")
-    print(
-        f"in flight  at most {waiting} batches, {waiting * size_mb:,.0f} MB: {workers} workers {args.prefetch_factor} ahead each, 1 in use"
-    )
+    print(f"in flight  at most {waiting} batch{'es' if waiting > 1 else ''}, {waiting * size_mb:,.0f} MB: {reason}")
     print(f"loaded     {run['images']:,} images in {run['batches']} of {len(loader)} batches, ", end="")
     print(f"{run['images_per_s']:,.0f} images/s, start-up {run['startup_s']:.2f} s")
     return [{"num_workers": workers, "augment": args.augment, **run}], skipped
@@ -252,9 +256,8 @@ if __name__ == "__main__":
     flag = parser.add_argument
     flag("-path_to_folder", help="folder of .jpg files (default: data/lfw where it was downloaded, else drawn sample faces)")
     flag("-batch_size", type=positive_int, default=512, help="images a batch (default: 512)")
-    flag(
-        "-num_workers", type=non_negative_int, nargs="+", default=[usable_cpus()], help="worker processes; several numbers with -get_timing"
-    )
+    workers_help = "worker processes; several numbers with -get_timing (default: one for each CPU this process may use, if batches suffice)"
+    flag("-num_workers", type=non_negative_int, nargs="+", help=workers_help)
     flag("-visualize_batch", action="store_true", help="save a picture of one batch")
     flag("-get_timing", action="store_true", help=f"time {PASSES} passes and name the bottleneck")
     flag("-batches_to_check", type=positive_int, default=100, help="batches a pass, all where there are fewer (default: 100)")
@@ -266,6 +269,8 @@ if __name__ == "__main__":
     flag("-resize", type=positive_int, help="side in pixels that every image is brought to (default: as they are)")
     flag("-on_error", choices=["stop", "skip"], default="stop", help="what to do about a broken image (default: stop)")
     args = parse(parser)
+    if args.visualize_batch and args.get_timing:
+        parser.error("-visualize_batch and -get_timing are two exercises: give one of them")
     if not args.get_timing and (len(args.num_workers or []) > 1 or args.augment == "both"):
         parser.error("several -num_workers and -augment both compare timings: add -get_timing")
     rows = main(args)

@@ -221,6 +221,7 @@ def test_a_batch_of_broken_images_only_is_empty():
         (["-batch_size", "0"], "argument -batch_size: '0' is not allowed: a whole number of at least 1"),
         (["-batches_to_check", "many"], "argument -batches_to_check: 'many' is not allowed"),
         (["-num_workers", "1", "2"], "add -get_timing"),
+        (["-visualize_batch", "-get_timing"], "give one of them"),
     ],
 )
 def test_a_wrong_flag_ends_with_2_and_one_line(run_script, flags, said):
