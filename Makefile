@@ -7,8 +7,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 READY := .venv/requirements.txt
 
-.PHONY: exercises m27 test lint
-exercises: m27
+.PHONY: exercises m27 m28 test lint
+exercises: m27 m28
 	@echo
 	@echo "Every exercise ran. Written to $${COURSE_RESULTS:-results}:"
 	@ls "$${COURSE_RESULTS:-results}"
@@ -19,6 +19,12 @@ m27: $(READY)
 	$(RUN) m27_data_loading/lfw_dataset.py -quick -visualize_batch
 	$(RUN) m27_data_loading/lfw_dataset.py -quick -get_timing -num_workers 0 1 2 -augment both
 	$(RUN) m27_data_loading/loading_ladder.py -quick
+
+m28: $(READY)
+	$(RUN) m28_distributed_training/dp_train.py -quick
+	$(RUN) m28_distributed_training/ddp_train.py -quick
+	$(RUN) m28_distributed_training/ddp_train.py -quick -benchmark
+	$(RUN) m28_distributed_training/fsdp_train.py -quick
 
 test: $(READY)
 	$(RUN) -m pytest

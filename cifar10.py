@@ -1,0 +1,176 @@
+"""CIFAR-10 as tensors and the small convolutional networks that learn it: what the scripts of M28 and M29 have in common.
+
+All images stay one uint8 tensor in memory (184 MB for the real set), so a batch is an indexing operation and no worker process
+is needed. Where the images come from, first match: `-data` (a folder or an id of the Hugging Face hub), data/cifar10 where
+data/download.py put it, the drawn sample otherwise.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import DATA, InputError
+from data.fetch import online
+from data.sample import SAMPLE_CLASSES, cifar10_sample
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+HUB_ID = "uoft-cs/cifar10"
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)  # of the real training images, a value a channel
+STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
+
+
+@dataclass
+class Images:
+    """uint8 images (n, 3, 32, 32), int64 labels (n,), the names of the classes, and which data this is."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+# ---- where the images come from --------------------------------------------------------------------------------------
+
+
+def load_cifar10(data: str | None = None) -> dict[str, Images]:
+    """{"train": Images, "test": Images} from a folder, a hub id, the download or the sample; raises InputError with the reason."""
+    if data is None:
+        data = DATA / "cifar10" if (DATA / "cifar10" / "cifar-10-batches-py").is_dir() else cifar10_sample()
+    folder = Path(data)
+    if folder.name == "cifar-10-batches-py":
+        folder = folder.parent
+    if (folder / "cifar-10-batches-py").is_dir():
+        return {split: from_torchvision(folder, split) for split in ("train", "test")}
+    if (folder / "train.npz").is_file():
+        return {split: from_sample(folder, split) for split in ("train", "test")}
+    return from_datasets(str(data))
+
+
+def from_torchvision(folder: Path, split: str) -> Images:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        found = CIFAR10(folder, train=split == "train")
+    except RuntimeError as error:
+        raise InputError(f"{folder} is not complete: fetch it anew with python data/download.py cifar10 -force") from error
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()  # (n, 32, 32, 3) -> (n, 3, 32, 32)
+    return Images(images, torch.tensor(found.targets), tuple(found.classes), "CIFAR-10")
+
+
+def from_sample(folder: Path, split: str) -> Images:
+    with np.load(folder / f"{split}.npz") as arrays:
+        return Images(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]), SAMPLE_CLASSES, "the drawn sample")
+
+
+def from_datasets(source: str) -> dict[str, Images]:
+    """Through the library `datasets`: an id of the hub, or a folder of parquet files with the columns img and label."""
+    here = Path(source).exists()
+    if not here and not online("https://huggingface.co"):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # what was fetched before is found at once; otherwise it would try for half a minute
+    from datasets import disable_progress_bars, load_dataset  # seconds to import, so only where it is needed
+
+    try:
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        found = load_dataset(source)
+    except Exception as error:  # the library raises its own classes of many modules
+        where = "no data set in this folder" if here else "no such folder, and not to be had from the hub"
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        hint = f"give a folder of parquet files, {HUB_ID}, or leave -data out"
+        raise InputError(f"-data {source}: {where} ({reason}); {hint}") from error
+    return {split: from_rows(found, split, source) for split in ("train", "test")}
+
+
+def from_rows(found, split: str, source: str) -> Images:
+    """Decode one split of a `datasets.DatasetDict` once, after its columns and label names were checked."""
+    if split not in found:
+        raise InputError(f"-data {source} has no split {split!r}, it has: {', '.join(found)}")
+    rows = found[split]
+    if missing := {"img", "label"} - set(rows.column_names):
+        columns = ", ".join(rows.column_names)
+        raise InputError(f"-data {source} has no column {' and '.join(sorted(missing))}, it has: {columns}; CIFAR-10 has img and label")
+    classes = tuple(getattr(rows.features["label"], "names", None) or map(str, sorted(set(rows["label"]))))
+    images = np.stack([np.asarray(image.convert("RGB")) for image in rows["img"]])
+    if images.shape[1:] != (32, 32, 3) or len(classes) != 10:
+        height, width = images.shape[1:3]
+        raise InputError(f"-data {source} holds {width}x{height} images of {len(classes)} classes: 32x32 images of 10 are expected")
+    return Images(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(rows["label"][:]), classes, "CIFAR-10")
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (n, 3, 32, 32) -> float32 of about mean 0 and standard deviation 1 in each channel."""
+    return (images.float() / 255 - MEAN.to(images.device)) / STD.to(images.device)
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> torch.Tensor:
+    """The order of the n training images in this epoch, int64 (n,): a pure function of (seed, epoch)."""
+    return torch.from_numpy(np.random.default_rng([seed, epoch, 0]).permutation(n))
+
+
+def augment(images: torch.Tensor, indices: torch.Tensor, seed: int, epoch: int, n: int) -> torch.Tensor:
+    """Shift each image by up to 2 pixels (edges mirrored) and flip every other one; a pure function of (seed, epoch, index).
+
+    `images` are those at `indices` of n training images, in any type. Which process asks, and with which others in the batch,
+    changes nothing: that is what makes training on 1 and on N processes comparable, and an interrupted run resumable.
+    """
+    draws = np.random.default_rng([seed, epoch, 1]).integers(0, 50, n)[indices.numpy()]  # 5 x 5 shifts, flipped or not
+    down, right, flip = (torch.from_numpy(part).to(images.device) for part in (draws // 5 % 5, draws % 5, draws // 25))
+    padded = nn.functional.pad(images.float(), (2, 2, 2, 2), mode="reflect").to(images.dtype)  # (n, 3, 36, 36)
+    rows = down[:, None] + torch.arange(32, device=images.device)  # (n, 32)
+    columns = right[:, None] + torch.where(flip[:, None] == 1, torch.arange(31, -1, -1), torch.arange(32)).to(images.device)
+    picked = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[picked, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+class Stage(nn.Module):
+    """Two 3x3 convolutions at half the resolution: (n, inputs, height, width) -> (n, width, height / 2, width / 2).
+
+    Pooling stands before normalization and activation, which then have a quarter of the values to work on.
+    """
+
+    def __init__(self, inputs: int, width: int, norm: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, padding=1, bias=False)  # the normalization adds a bias of its own
+        self.pool = nn.MaxPool2d(2)
+        self.norm1 = normalization(norm, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = normalization(norm, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm1(self.pool(self.conv1(x))))
+        return torch.relu(self.norm2(self.conv2(x)))
+
+
+class ConvNet(nn.Module):
+    """Three stages, the mean over the image, a linear layer: images (n, 3, 32, 32) -> logits (n, classes).
+
+    norm="group" treats every image by itself, so that a batch may be cut among processes; norm="batch" does not.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128), norm: str = "batch", classes: int = 10) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(*(Stage(inputs, width, norm) for inputs, width in zip((3, *widths[:-1]), widths, strict=True)))
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stages(images).mean((2, 3)))
+
+
+def normalization(norm: str, width: int) -> nn.Module:
+    if norm == "group" and width % 8:
+        raise InputError(f"a stage of {width} channels cannot be normalized in groups of 8: give a multiple of 8")
+    return nn.GroupNorm(width // 8, width) if norm == "group" else nn.BatchNorm2d(width)

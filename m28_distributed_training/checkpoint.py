@@ -1,0 +1,85 @@
+"""Save a training run so that kill -9 at any moment loses at most `-every` steps, and go on from there to the same last bit.
+
+One file holds everything that the next step depends on: model, optimizer, scheduler, step, random state, and the settings that must
+not change on the way. It is written beside the old one and moved over it, so that there is always one that is whole. The first
+process of each machine writes one; on resuming, the newest of all machines is sent to everybody: a machine that was away catches up.
+"""
+
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from common import InputError, atomic_path, positive_int
+from m28_distributed_training.launch import local_rank
+
+FORMAT = "course-m28-checkpoint-1"
+
+
+def add_checkpoint_flags(parser) -> None:
+    parser.add_argument("-checkpoint", type=Path, metavar="FILE", help="save model, optimizer, scheduler and step here as training goes")
+    parser.add_argument("-every", type=positive_int, default=20, help="steps from one checkpoint to the next (default: 20)")
+    parser.add_argument("-resume", action="store_true", help="go on from -checkpoint FILE where there is one, else begin")
+
+
+def save_checkpoint(file: Path, state: dict) -> bool:
+    """Write `state` on the first process of each machine; False, and a warning, where the disk is full: the old file then stays."""
+    if local_rank(dist.get_rank()):
+        return True
+    try:
+        with atomic_path(file) as temporary:
+            torch.save({"format": FORMAT, **state}, temporary)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when a write comes up short
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        print(f"warning: no checkpoint at step {state['step']}: {file} cannot be written ({reason}); the training goes on", file=sys.stderr)
+        return False
+    return True
+
+
+def load_checkpoint(file: Path, settings: dict) -> dict | None:
+    """The newest state among all machines, None where there is none; InputError when it is damaged or of another run.
+
+    Called by all processes together. `settings` are those of this run: a state saved with others is refused, with the reason.
+    """
+    state = read_checkpoint(file)
+    steps = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, -1 if state is None else -2 if isinstance(state, str) else state["step"])
+    newest = max(range(len(steps)), key=steps.__getitem__)
+    box = [state if dist.get_rank() == newest else None]
+    dist.broadcast_object_list(box, src=newest)
+    if isinstance(box[0], str):
+        raise InputError(box[0])
+    if box[0] is not None:
+        check_settings(file, box[0]["settings"], settings)
+    return box[0]
+
+
+def read_checkpoint(file: Path) -> dict | str | None:
+    """The file's content, None where there is no file, and where it cannot be used a sentence that says why."""
+    if not file.exists():
+        return None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        return f"-checkpoint {file} cannot be read ({error.strerror})"
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        return f"-checkpoint {file} is damaged or no checkpoint: remove it to begin anew, or give another one"
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        return f"-checkpoint {file} is not a checkpoint of these scripts: give another file"
+    return state
+
+
+def check_settings(file: Path, saved: dict, wanted: dict) -> None:
+    """Raise InputError, naming the flags, when going on would not end where the uninterrupted run would have ended."""
+    other = [key for key in wanted if key != "world" and saved.get(key) != wanted[key]]
+    if other:
+        said = ", ".join(f"{key} {saved.get(key)} there and {wanted[key]} here" for key in other)
+        raise InputError(f"-checkpoint {file} belongs to another run: {said}; give the same flags or another file")
+    if saved["world"] != wanted["world"] and wanted["micro_batches"] > 2:  # two numbers have one sum, three have several in floating point
+        raise InputError(
+            f"-checkpoint {file} was written by {saved['world']} processes, these are {wanted['world']}: with {wanted['micro_batches']} "
+            "micro-batches a step the sum would be taken in another order; only with 2 it is exact"
+        )

@@ -1,0 +1,196 @@
+"""How `ddp_train.py -benchmark` measures 1 to N processes against each other, and draws it.
+
+All groups of processes are started first and wait; then each in turn measures a few steps, round after round, so that a machine that
+gets slower meanwhile gets slower for all of them. The global batch is the same for all: N processes do the same work as one.
+What the all-reduce costs is the time of a step less the time of the same step with no_sync(), measured alternately: only the part
+that is not hidden behind the backward pass counts.
+"""
+
+import copy
+import functools
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import ConvNet, load_cifar10
+from common import InputError, print_table, save_figure, save_results, spread
+from m28_distributed_training import ddp_train
+from m28_distributed_training.launch import only_first_speaks, run_rank
+from m28_distributed_training.traffic import ddp_bytes, parameter_bytes
+from machine import usable_cpus
+
+ROUNDS, STEPS = 7, 3  # rounds over all groups; pairs of steps a group measures in one round
+
+
+# ---- one process of a group ------------------------------------------------------------------------------------------
+
+
+def measure_on_demand(connection, args) -> None:
+    """Build the training once, then measure a round for every True that comes; the first process sends what it measured."""
+    with only_first_speaks():
+        data = load_cifar10(args.data)["train"]
+    network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
+    model = DistributedDataParallel(network)
+    sent = ddp_train.count_bytes(model)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+
+    def step(number: int, synchronized: bool) -> float:
+        """Seconds of one whole step, data and optimizer included, on the slowest process."""
+        dist.barrier()
+        begin = time.perf_counter()
+        [(images, labels)] = ddp_train.micro_batches(data, number, args)
+        if synchronized:
+            nn.functional.cross_entropy(model(images), labels).backward()
+        else:
+            with model.no_sync():
+                nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = torch.tensor(time.perf_counter() - begin)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return seconds.item()
+
+    for number in range(2):  # warm-up: DDP arranges its buckets in the first step, memory is asked for
+        step(number, True)
+    while connection.recv():
+        sent["bytes"] = 0
+        pairs = [(step(number, True), step(number, False)) for number in range(STEPS)]
+        if dist.get_rank() == 0:
+            whole, alone = ([pair[part] for pair in pairs] for part in (0, 1))
+            connection.send({"step_s": statistics.median(whole), "compute_s": statistics.median(alone), "bytes": sent["bytes"] // STEPS})
+
+
+class Group:
+    """`processes` processes of `threads` threads each that train together, asleep until round() is called."""
+
+    def __init__(self, args, processes: int, threads: int, folder: Path) -> None:
+        self.processes, self.threads = processes, threads
+        mine = copy.copy(args)
+        mine.nproc, mine.num_threads, mine.accumulate = processes, threads, 1
+        context, store = multiprocessing.get_context("spawn"), folder / f"store{processes}x{threads}"
+        self.members, self.connections = [], []
+        for rank in range(processes):
+            ours, theirs = context.Pipe()
+            work = functools.partial(measure_on_demand, theirs)
+            self.members.append(context.Process(target=run_rank, args=(work, mine, rank, store), daemon=True))
+            self.connections.append(ours)
+            self.members[-1].start()
+            theirs.close()
+
+    def round(self) -> dict:
+        for connection in self.connections:
+            connection.send(True)
+        try:
+            return self.connections[0].recv()
+        except EOFError:
+            raise InputError(f"a process of the group of {self.processes} ended: look above for the reason") from None
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.send(False)
+        for member in self.members:
+            member.join()
+
+
+# ---- all groups in turn ----------------------------------------------------------------------------------------------
+
+
+def benchmark(args) -> None:
+    """Measure 1..N processes of one thread, and one process of N threads, on the same global batch; table, figure, results."""
+    counts = [n for n in range(1, args.nproc + 1) if args.batch_size % n == 0]
+    threads = args.num_threads or max(1, usable_cpus() // args.nproc)
+    shapes = [(n, threads) for n in counts] + ([(1, threads * args.nproc)] if args.nproc > 1 else [])
+    rounds = 2 if args.quick else ROUNDS
+    print(f"{rounds} rounds of {STEPS} steps of {args.batch_size} images in turn; (processes, threads): {shapes}")
+    with tempfile.TemporaryDirectory() as folder:
+        groups = [Group(args, *shape, Path(folder)) for shape in shapes]
+        runs = {shape: [] for shape in shapes}
+        for _ in tqdm(range(rounds), "rounds"):
+            for shape, group in zip(shapes, groups, strict=True):
+                runs[shape].append(group.round())
+        for group in groups:
+            group.close()
+    parameters = parameter_bytes(ConvNet(args.widths, "group"))
+    rows = [summary(shape, runs, args.batch_size, parameters) for shape in shapes]
+    print_table([{key: value for key, value in row.items() if not key.startswith("runs_")} for row in rows])
+    say(rows, args)
+    save_figure(plot(rows), ddp_train.__file__, "speedup", args, f"{args.batch_size} images a step, {rounds} rounds of {STEPS} steps")
+    save_results(ddp_train.__file__, args, rows)
+
+
+def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int) -> dict:
+    """One row out of the rounds of one group; ratios are taken within a round, against one process of as many threads."""
+    base, mine = runs[next(iter(runs))], runs[shape]
+    speedups = [one["step_s"] / own["step_s"] for one, own in zip(base, mine, strict=True)]
+    rates = [batch_size / run["step_s"] for run in mine]
+    return {
+        "processes": shape[0],
+        "threads": shape[1],
+        "images_per_s": statistics.median(rates),
+        "images_per_s_sd": spread(rates),
+        "speedup": statistics.median(speedups),
+        "efficiency": statistics.median(speedups) / shape[0] if shape[1] == next(iter(runs))[1] else None,
+        "compute_ms": statistics.median(run["compute_s"] for run in mine) * 1e3,
+        "step_ms": statistics.median(run["step_s"] for run in mine) * 1e3,
+        "allreduce_share": max(0.0, statistics.median(1 - run["compute_s"] / run["step_s"] for run in mine)),
+        "bytes_per_step": mine[0]["bytes"],
+        "formula_bytes": parameters,
+        "ring_bytes_each": ddp_bytes(shape[0], parameters),
+        "runs_speedup": speedups,
+    }
+
+
+def say(rows: list[dict], args) -> None:
+    """What the table means: efficiency, and whether processes or threads are the better use of the same cores."""
+    best = [row for row in rows if row["efficiency"]][-1]
+    print(
+        f"{best['processes']} processes: {best['speedup']:.2f}x one process, {best['efficiency']:.0%} of the ideal {best['processes']}x; ",
+        end="",
+    )
+    print(f"the all-reduce is {best['allreduce_share']:.1%} of the step and hands over {best['bytes_per_step']:,} bytes, 4 a parameter")
+    threaded = rows[-1]
+    if threaded is not best and threaded["efficiency"] is None:
+        ratios = [mine / theirs for mine, theirs in zip(best["runs_speedup"], threaded["runs_speedup"], strict=True)]
+        verdict = "faster" if min(ratios) > 1 else "slower" if max(ratios) < 1 else "cannot tell"
+        said = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), {verdict}"
+        print(f"{best['processes']} processes of {best['threads']} threads against one of {threaded['threads']} threads: {said}")
+
+
+def plot(rows: list[dict]) -> plt.Figure:
+    """Speed-up over processes beside the ideal line, every round a dot; and a step's time, split into compute and all-reduce."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5))
+    scaled, threaded = [row for row in rows if row["efficiency"]], [row for row in rows if not row["efficiency"]]
+    counts = [row["processes"] for row in scaled]
+    left.plot(counts, counts, "--", color="grey", label="ideal")
+    left.plot(counts, [row["speedup"] for row in scaled], "o-", color="tab:blue", label="median")
+    for row in scaled:
+        left.plot([row["processes"]] * len(row["runs_speedup"]), row["runs_speedup"], ".", color="tab:blue", alpha=0.4)
+        left.annotate(f"{row['efficiency']:.0%}", (row["processes"], row["speedup"]), (6, -14), textcoords="offset points", fontsize=9)
+    for row in threaded:
+        left.plot(
+            row["threads"] / scaled[0]["threads"], row["speedup"], "s", color="tab:orange", label=f"1 process, {row['threads']} threads"
+        )
+    left.set(xlabel="processes", ylabel="speed-up over one process", xticks=counts, xlim=(0.7, counts[-1] + 0.3), ylim=(0, None))
+    left.legend()
+    names = [f"{row['processes']} x {row['threads']}" for row in rows]
+    compute = [min(row["compute_ms"], row["step_ms"]) for row in rows]
+    right.bar(names, compute, color="tab:blue", label="compute (data, forward, backward, optimizer)")
+    rest = [row["step_ms"] - own for row, own in zip(rows, compute, strict=True)]
+    right.bar(names, rest, bottom=compute, color="tab:red", label="all-reduce that is not hidden")
+    right.set(xlabel="processes x threads", ylabel="ms a step", ylim=(0, max(row["step_ms"] for row in rows) * 1.25))
+    right.legend(fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure

@@ -1,0 +1,241 @@
+"""Train one network with several processes that compute exactly what one would: DistributedDataParallel.
+
+    python m28_distributed_training/ddp_train.py                                   two processes on this machine
+    python m28_distributed_training/ddp_train.py -nproc 1 -accumulate 2 -num_threads 1   one process, the same bits
+    python m28_distributed_training/ddp_train.py -benchmark                        speed-up, all-reduce, bytes a step; a figure
+    python m28_distributed_training/ddp_train.py -checkpoint run.pt -resume -max_restarts 3     survives kill -9
+    torchrun --nproc-per-node 2 m28_distributed_training/ddp_train.py              the same file as a job; several machines: README
+
+Every process holds the whole network and takes its share of each batch. The batch is fixed for the whole job (`-batch_size`) and cut
+into micro-batches, one or `-accumulate N` a process. While backward() runs, DDP adds the gradients up over all processes (all-reduce),
+bucket by bucket; then each process takes the same step, so that the networks stay equal without ever being sent again. Order and
+augmentation are a pure function of (seed, epoch, index). Lines that one process would not need are marked with  # distributed
+"""
+
+import contextlib
+import hashlib
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
+from common import InputError, new_parser, parse, positive_int, print_table, save_results
+from m28_distributed_training.checkpoint import add_checkpoint_flags, load_checkpoint, save_checkpoint
+from m28_distributed_training.launch import add_launch_flags, launch, only_first_speaks, print0, world_size
+
+REPORT_EVERY = 10  # steps from one global loss to the next; SIGTERM is noticed then, too
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(data: Images, step: int, args) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's micro-batches of a step, `-accumulate` pairs of images (n, 3, 32, 32) and labels (n,), on the device."""
+    epoch, place = divmod(step, len(data) // args.batch_size)
+    indices = epoch_order(args.seed, epoch, len(data))[place * args.batch_size :][: args.batch_size]  # the whole batch
+    parts = indices.chunk(dist.get_world_size() * args.accumulate)
+    mine = parts[dist.get_rank() * args.accumulate :][: args.accumulate]  # distributed
+    pairs = []
+    for part in mine:
+        images = normalize(augment(data.images[part], part, args.seed, epoch, len(data)).to(args.device))
+        pairs.append((images.to(memory_format=torch.channels_last), data.labels[part].to(args.device)))
+    return pairs
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(args) -> None:
+    """Train to the last step and evaluate. Every process runs this, and all of them run it in step."""
+    with only_first_speaks():
+        data = load_cifar10(args.data)
+    steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
+    network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
+    model = DistributedDataParallel(network)  # distributed: the parameters of rank 0 are sent to all, once
+    sent = count_bytes(model)  # distributed
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
+    settings, stop = run_settings(args, steps), catch_sigterm()
+    first = resume(args, settings, network, optimizer, scheduler)
+    losses, seconds, stopped = [], time.perf_counter(), False
+    for step in (bar := tqdm(range(first, steps), "training", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps)):
+        for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
+            # distributed: the all-reduce runs during the last backward(); the gradients are then the mean over all processes
+            with contextlib.nullcontext() if number == args.accumulate else model.no_sync():
+                with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                    loss = nn.functional.cross_entropy(model(images), labels) / args.accumulate
+                loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
+            mean_loss, stopped = agree(losses, stop, args)  # distributed
+            bar.set_postfix(loss=f"{mean_loss:.3f}")
+        if args.checkpoint and ((step + 1) % args.every == 0 or stopped):
+            save_checkpoint(args.checkpoint, {"step": step + 1, "settings": settings, **state_of(network, optimizer, scheduler)})
+        if stopped:
+            print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if args.checkpoint else ''}")
+            return
+    seconds = time.perf_counter() - seconds
+    correct = evaluate(network, data["test"], args)
+    report(
+        args,
+        data,
+        network,
+        {
+            "processes": dist.get_world_size(),
+            "steps": steps,
+            "images_per_s": (steps - first) * args.batch_size / seconds,
+            "loss": mean_loss,
+            "accuracy": correct / len(data["test"]),
+            "bytes_per_step": sent["bytes"] // max(1, steps - first),
+        },
+    )
+
+
+def count_bytes(model: DistributedDataParallel) -> dict[str, int]:
+    """Count what DDP hands to the all-reduce, then do what it does without this hook: divide by the processes and add up."""
+    sent = {"bytes": 0}
+
+    def hook(state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent["bytes"] += bucket.buffer().nbytes
+        return allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, hook)
+    return sent
+
+
+def agree(losses: list[torch.Tensor], stop: list, args) -> tuple[float, bool]:
+    """The mean loss over all processes since the last call, and whether any of them was told to stop: all know the same afterwards."""
+    ours = torch.stack([torch.stack(losses).mean() * args.accumulate, torch.tensor(float(len(stop)), device=args.device)])
+    losses.clear()
+    dist.all_reduce(ours)
+    loss, stops = ours.tolist()
+    return loss / dist.get_world_size(), stops > 0
+
+
+def catch_sigterm() -> list:
+    """A list that is no longer empty once SIGTERM came: a job system sends it before it takes the machine away."""
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    return stop
+
+
+def evaluate(network: nn.Module, data: Images, args) -> int:
+    """Right answers on all of `data`, each image counted once for any number of processes, as one integer that all know."""
+    mine = torch.arange(dist.get_rank(), len(data), dist.get_world_size())  # distributed: every world-th image
+    correct = torch.zeros((), dtype=torch.int64, device=args.device)
+    network.eval()
+    with torch.inference_mode():
+        for part in mine.split(500):
+            logits = network(normalize(data.images[part].to(args.device)))
+            correct += (logits.argmax(1) == data.labels[part].to(args.device)).sum()
+    dist.all_reduce(correct)  # distributed
+    network.train()
+    return int(correct)
+
+
+# ---- what is kept, what is said --------------------------------------------------------------------------------------
+
+
+def run_settings(args, steps: int) -> dict:
+    """What must be the same for a resumed run to end with the same bits."""
+    micro = dist.get_world_size() * args.accumulate
+    keys = ("batch_size", "seed", "lr", "data", "bf16", "num_threads")
+    settings = {key: getattr(args, key) for key in keys} | {"widths": list(args.widths), "steps": steps, "micro_batches": micro}
+    return settings | {"world": dist.get_world_size(), "script": "ddp_train"}
+
+
+def state_of(network, optimizer, scheduler) -> dict:
+    state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    return state | {"rng": torch.get_rng_state()}
+
+
+def resume(args, settings: dict, network, optimizer, scheduler) -> int:
+    """Put the newest checkpoint's state into place, on request; the step to go on with."""
+    state = load_checkpoint(args.checkpoint, settings) if args.checkpoint and args.resume else None
+    if state is None:
+        return 0
+    network.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["rng"])
+    print0(f"resumed at step {state['step']} from {args.checkpoint}")
+    return state["step"]
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 over the bits of all parameters: equal only if every one of them is."""
+    digest = hashlib.sha256()
+    for parameter in network.parameters():
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def report(args, data: dict, network: nn.Module, row: dict) -> None:
+    """Print and save what the training reached; the first process does it for all."""
+    if dist.get_rank():
+        return
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    row |= {"parameters": parameters, "parameters_sha256": fingerprint(network)}
+    print(f"{row['processes']} processes x {args.accumulate} micro-batches of {data['train'].name}, {args.num_threads} threads each")
+    print_table([{key: value for key, value in row.items() if key != "parameters_sha256"}])
+    print(f"to the all-reduce: {row['bytes_per_step']:,} bytes a step = 4 x {parameters:,} parameters, once for all micro-batches")
+    print(f"parameters sha256 {row['parameters_sha256']}")
+    save_results(__file__, args, [row])
+
+
+def check(args) -> None:
+    """Raise InputError for what cannot work, before any process is started."""
+    if args.quick:
+        args.steps = min(args.steps or 20, 20)
+    micro = world_size(args) * args.accumulate
+    if args.batch_size % micro:
+        raise InputError(
+            f"-batch_size {args.batch_size} does not divide into {micro} equal micro-batches ({world_size(args)} processes x "
+            f"-accumulate {args.accumulate}): give a multiple of {micro}"
+        )
+    if args.max_restarts and not args.checkpoint:
+        raise InputError("-max_restarts starts from a checkpoint: give -checkpoint FILE, too")
+    if args.resume and not args.checkpoint:
+        raise InputError("-resume goes on from a checkpoint: give -checkpoint FILE, too")
+
+
+def training_parser(doc: str):
+    """The flags that ddp_train.py and fsdp_train.py have in common."""
+    parser = new_parser(doc)
+    flag = parser.add_argument
+    flag("-data", help="folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
+    flag("-epochs", type=positive_int, default=3, help="passes over the training images (default: 3)")
+    flag("-steps", type=positive_int, help="steps, instead of epochs")
+    flag("-batch_size", type=positive_int, default=128, help="images a step, of all processes together (default: 128)")
+    flag("-accumulate", type=positive_int, default=1, help="micro-batches a process before each all-reduce (default: 1)")
+    flag("-widths", type=positive_int, nargs=3, default=[32, 64, 128], help="channels of the three stages (default: 32 64 128)")
+    flag("-lr", type=float, default=0.001, help="highest learning rate of the schedule (default: 0.001)")
+    flag("-bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast)")
+    add_launch_flags(parser)
+    add_checkpoint_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    parser = training_parser(__doc__)
+    parser.add_argument("-benchmark", action="store_true", help="measure 1 to -nproc processes instead of training to the end")
+    args = parse(parser)
+    check(args)
+    if args.benchmark:
+        from m28_distributed_training.ddp_benchmark import benchmark  # which imports this file
+
+        benchmark(args)
+    else:
+        launch(train, args)

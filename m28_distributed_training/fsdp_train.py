@@ -1,0 +1,186 @@
+"""Train one network that no process holds as a whole: fully sharded training, FSDP2's fully_shard.
+
+    python m28_distributed_training/fsdp_train.py                              memory a process beside DDP's, the same parameters
+    python m28_distributed_training/fsdp_train.py -widths 64 128 512           a network of 3.2 M parameters
+    torchrun --nproc-per-node 2 m28_distributed_training/fsdp_train.py
+
+With DDP every process keeps all parameters, all gradients and all of the optimizer's state. Here each keeps 1 / N of the three. Before
+a stage of the network computes, its parameters are gathered from all processes (all-gather), and forgotten again afterwards; after its
+backward pass each process receives only its own part of the summed gradients (reduce-scatter). That moves three times (N - 1) / N of
+the parameters' bytes a step, DDP's all-reduce twice. The loop is ddp_train.py's; the lines that differ are marked with  # sharded
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import ConvNet, load_cifar10
+from common import parse, print_table, save_results
+from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
+from m28_distributed_training.ddp_train import (
+    REPORT_EVERY,
+    agree,
+    catch_sigterm,
+    check,
+    evaluate,
+    fingerprint,
+    micro_batches,
+    run_settings,
+    training_parser,
+)
+from m28_distributed_training.launch import launch, only_first_speaks, print0
+from m28_distributed_training.traffic import ddp_bytes, fsdp_bytes, parameter_bytes
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process collects the parts, the others get nothing
+
+
+def train(args) -> None:
+    """Train sharded, then the same steps with DDP, compare parameters and memory. Every process runs this."""
+    with only_first_speaks():
+        data = load_cifar10(args.data)
+    sharded = train_once(args, data, shard=True)
+    if sharded:  # not stopped
+        report(args, data, sharded, None if args.checkpoint else train_once(args, data, shard=False))
+
+
+def shard_network(network: nn.Module, args) -> nn.Module:
+    """Leave each process 1 / N of every parameter; each stage is gathered by itself, so that never the whole network is there."""
+    mesh = init_device_mesh(args.device.type, (dist.get_world_size(),))
+    for stage in network.stages:
+        fully_shard(stage, mesh=mesh)
+    return fully_shard(network, mesh=mesh)
+
+
+def train_once(args, data: dict, shard: bool) -> dict | None:
+    """The loop of ddp_train.py, sharded or not: what each process holds, images/s and the parameters at the end; None when stopped."""
+    steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
+    torch.manual_seed(args.seed)  # the same first parameters in all processes, sharded or not
+    network = ConvNet(args.widths, "group").to(args.device)
+    P = parameter_bytes(network)
+    model = shard_network(network, args) if shard else DistributedDataParallel(network)  # sharded
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)  # keeps two numbers a parameter
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
+    settings, stop = run_settings(args, steps) | {"script": "fsdp_train"}, catch_sigterm()
+    first = resume(args, settings, model, optimizer, scheduler) if shard else 0
+    losses, held, seconds, stopped = [], {}, [], False
+    for step in (bar := tqdm(range(first, steps), "sharded" if shard else "DDP", unit="step", disable=dist.get_rank() != 0, initial=first)):
+        begin = time.perf_counter()
+        for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
+            last = number == args.accumulate
+            if shard:
+                model.set_requires_gradient_sync(last)  # sharded: as DDP's no_sync()
+            else:
+                model.require_backward_grad_sync = last
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = nn.functional.cross_entropy(model(images), labels) / args.accumulate
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        held = held or held_bytes(model, optimizer)
+        optimizer.zero_grad()
+        scheduler.step()
+        seconds.append(time.perf_counter() - begin)
+        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
+            mean_loss, stopped = agree(losses, stop, args)
+            bar.set_postfix(loss=f"{mean_loss:.3f}")
+        if shard and args.checkpoint and ((step + 1) % args.every == 0 or stopped):
+            save(args, step + 1, settings, model, optimizer, scheduler)
+        if stopped:
+            print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if args.checkpoint else ''}")
+            return None
+    return {"P": P, "held": held, "seconds": statistics.median(seconds), "parameters": full_parameters(model), "loss": mean_loss}
+
+
+# ---- what a process holds, and the whole again ------------------------------------------------------------------------
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes that this process keeps from one step to the next: its parameters, their gradients, the optimizer's state."""
+    parameters = list(model.parameters())
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return {
+        "parameters": sum(local(parameter).nbytes for parameter in parameters),
+        "gradients": sum(local(parameter.grad).nbytes for parameter in parameters if parameter.grad is not None),
+        "optimizer": sum(local(value).nbytes for value in states),
+    }
+
+
+def full_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters by name, whole: collected from the processes where they are sharded."""
+    named = {name.removeprefix("module."): parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu() for name, tensor in named.items()}
+
+
+def save(args, step: int, settings: dict, model, optimizer, scheduler) -> None:
+    """Collect the parts on the first process, which writes them."""
+    network_state, optimizer_state = get_state_dict(model, optimizer, options=WHOLE)  # sharded: all processes take part
+    if dist.get_rank() == 0:
+        state = {"model": network_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
+        save_checkpoint(args.checkpoint, {"step": step, "settings": settings, **state})
+
+
+def resume(args, settings: dict, model, optimizer, scheduler) -> int:
+    """Give each process its part of the newest checkpoint, on request; the step to go on with."""
+    state = load_checkpoint(args.checkpoint, settings) if args.checkpoint and args.resume else None
+    if state is None:
+        return 0
+    whole = StateDictOptions(full_state_dict=True)  # sharded: each takes its own part out of the whole
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=whole)
+    scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["rng"])
+    print0(f"resumed at step {state['step']} from {args.checkpoint}")
+    return state["step"]
+
+
+def report(args, data: dict, sharded: dict, whole: dict | None) -> None:
+    """Accuracy, memory and bytes of the runs in one table, and whether both ended with the same parameters."""
+    world, rows = dist.get_world_size(), []
+    for name, run in {"DDP": whole, "sharded": sharded}.items():
+        if run is None:
+            continue
+        network = ConvNet(args.widths, "group").to(args.device)
+        network.load_state_dict(run["parameters"])
+        correct = evaluate(network, data["test"], args)
+        held = {f"{key}_mb": count / 1e6 for key, count in run["held"].items()}
+        moved = (ddp_bytes if name == "DDP" else fsdp_bytes)(world, run["P"]) / 1e6
+        row = {"variant": name, "processes": world, **held, "held_mb": sum(held.values()), "sent_mb": moved}
+        row |= {"images_per_s": args.batch_size / run["seconds"], "loss": run["loss"], "accuracy": correct / len(data["test"])}
+        rows.append(row | {"parameters_sha256": fingerprint(network)})
+    if dist.get_rank():
+        return
+    print(f"each of {world} processes, {args.num_threads} threads; held from step to step and sent in a step (by formula), MB")
+    print_table([{key: value for key, value in row.items() if key != "parameters_sha256"} for row in rows])
+    if whole:
+        pairs = [(sharded["parameters"][name], tensor) for name, tensor in whole["parameters"].items()]
+        difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+        same = "the same bits" if difference == 0 else f"they differ by at most {difference:.1e}"
+        print(
+            f"parameters of both after the last step: {same}; a sharded process holds {rows[1]['held_mb'] / rows[0]['held_mb']:.2f}x DDP's"
+        )
+    print(f"parameters sha256 {rows[-1]['parameters_sha256']}")
+    save_results(__file__, args, rows)
+
+
+if __name__ == "__main__":
+    parser = training_parser(__doc__)
+    parser.set_defaults(steps=40)
+    args = parse(parser)
+    check(args)
+    launch(train, args)

@@ -1,0 +1,178 @@
+"""Start the processes of one training on this machine, watch them, start them again, and say in a sentence why one ended.
+
+A script calls launch(worker, args). Started by torchrun (RANK is set in the environment) it is one of many processes already
+and runs worker(args) itself; started plainly it becomes the parent of `-nproc` such processes, on Windows and macOS too.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from common import InputError, one_sentence, positive_int, seed_everything
+from machine import usable_cpus
+
+LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # names of the network interface that leads back to this machine
+
+
+def add_launch_flags(parser) -> None:
+    """The flags that say how many processes there are and how long they wait for each other."""
+    parser.add_argument("-nproc", type=positive_int, default=2, help="processes on this machine, without torchrun (default: 2)")
+    parser.add_argument("-max_restarts", type=int, default=0, help="start all again, from the checkpoint, when one dies (default: 0)")
+    parser.add_argument("-timeout_s", type=positive_int, default=60, help="seconds a process waits for the others (default: 60)")
+    parser.add_argument("-backend", choices=["gloo", "nccl"], help="how processes talk (default: nccl with CUDA, gloo otherwise)")
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+
+
+def world_size(args) -> int:
+    """Processes that train together, all machines counted."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else args.nproc
+
+
+def print0(*words) -> None:
+    """print() in one process of all, and at once: what is said before a kill -9 is seen."""
+    if dist.get_rank() == 0:
+        print(*words, flush=True)
+
+
+def only_first_speaks():
+    """A with-block in which only the first process's print() is seen."""
+    return contextlib.nullcontext() if dist.get_rank() == 0 else contextlib.redirect_stdout(io.StringIO())
+
+
+def launch(worker, args) -> None:
+    """Run worker(args) in every process of the training; returns when all of them ended well, exits with 1 when one did not."""
+    if under_torchrun():
+        run_rank(worker, args, int(os.environ["RANK"]))
+    elif not run_processes(worker, args):
+        sys.exit(1)
+
+
+# ---- the parent ------------------------------------------------------------------------------------------------------
+
+
+def run_processes(worker, args) -> bool:
+    """Start -nproc processes, and again with -resume after a death, `-max_restarts` times; True when all ended well."""
+    for attempt in range(args.max_restarts + 1):
+        with tempfile.TemporaryDirectory() as folder:  # holds the file through which the processes find each other
+            context, store = multiprocessing.get_context("spawn"), Path(folder, "store")
+            names = [f"rank {rank}" for rank in range(args.nproc)]
+            ranks = [context.Process(target=run_rank, args=(worker, args, rank, store), name=name) for rank, name in enumerate(names)]
+            for process in ranks:
+                process.start()
+            signal.signal(signal.SIGTERM, lambda *_, ranks=ranks: [process.terminate() for process in ranks])  # each saves and ends
+            try:
+                first = watch(ranks, args.timeout_s)
+            finally:
+                for process in ranks:
+                    process.kill()
+                    process.join()
+        if first is None:
+            return True
+        code = first.exitcode
+        print(
+            f"{first.name} {f'was killed by signal {-code}' if code < 0 else f'ended with exit code {code}'}", file=sys.stderr, flush=True
+        )
+        if code == 2:  # bad input stays bad
+            return False
+        if attempt < args.max_restarts:
+            args.resume = True
+            print(f"starting all processes again, restart {attempt + 1} of {args.max_restarts}", file=sys.stderr, flush=True)
+    return False
+
+
+def watch(ranks: list, timeout_s: float):
+    """Wait until all processes ended and return None, or the first that ended badly, once the others had time to say so."""
+    running = {process.sentinel: process for process in ranks}
+    while running:
+        ended = [running.pop(sentinel) for sentinel in wait(list(running))]
+        failed = [process for process in ended if process.join() or process.exitcode]
+        if failed:
+            wait_for_all(list(running), seconds=2)  # those that lost their peer notice it now
+            return min(failed, key=lambda process: process.exitcode)  # a signal before an exit code: that one did not end by itself
+    return None
+
+
+def wait_for_all(sentinels: list, seconds: float) -> None:
+    while sentinels and (ended := wait(sentinels, timeout=seconds)):
+        sentinels = [sentinel for sentinel in sentinels if sentinel not in ended]
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------
+
+
+def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
+    """Join the group, run worker(args), leave the group. What ends it is said in a sentence; exit code 1, for bad input 2."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))  # processes on this machine
+    args.num_threads = args.num_threads or max(1, usable_cpus() // here)
+    torch.set_num_threads(args.num_threads)
+    seed_everything(args.seed)
+    if store:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the parent speaks
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        if sys.platform in LOOPBACK:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])  # needs no host name that resolves, no firewall
+    try:
+        record(join_and_run)(worker, args, rank, store)
+    except InputError as error:
+        if local_rank(rank) == 0:  # the others found the same
+            one_sentence(InputError, error, None)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        other = f"rank {1 - rank}" if world_size(args) == 2 else "that rank"
+        reason = str(error).splitlines()[0][:150]
+        print(f"rank {rank}: another rank ended first, look above for {other} ({reason})", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def local_rank(rank: int) -> int:
+    """Number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank))
+
+
+def join_and_run(worker, args, rank: int, store: Path | None) -> None:
+    backend = args.backend or ("nccl" if args.device.type == "cuda" else "gloo")
+    if backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
+        raise InputError(
+            "-backend nccl needs CUDA devices and a torch built with nccl, which are not here: leave it out, gloo is used then"
+        )
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", local_rank(rank) % torch.cuda.device_count())
+        torch.cuda.set_device(args.device)
+    timeout = timedelta(seconds=args.timeout_s)
+    if store is None:
+        place, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        if int(os.environ["LOCAL_WORLD_SIZE"]) == world:
+            # torchrun on one machine keeps its store when it starts processes again: the addresses of the dead ones are still in it
+            place = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", place)
+    else:
+        place, world = dist.FileStore(str(store), args.nproc), args.nproc
+    dist.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=timeout)
+    try:
+        worker(args)
+    finally:
+        dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """End this process when its parent is gone: nobody would see it any more."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
