@@ -40,8 +40,16 @@ class Images:
 # ---- where the images come from --------------------------------------------------------------------------------------
 
 
-def load_cifar10(data: str | None = None) -> dict[str, Images]:
-    """{"train": Images, "test": Images} from a folder, a hub id, the download or the sample; raises InputError with the reason."""
+def load_cifar10(data: str | None = None, batch_size: int = 1) -> dict[str, Images]:
+    """{"train": Images, "test": Images}; InputError where they cannot be had, or the training images do not fill one batch."""
+    found = find_cifar10(data)
+    if len(found["train"]) < batch_size:
+        raise InputError(f"-batch_size {batch_size} is more than the {len(found['train']):,} training images of {found['train'].name}")
+    return found
+
+
+def find_cifar10(data: str | None) -> dict[str, Images]:
+    """Both splits from a folder, a hub id, the download or the sample."""
     if data is None:
         data = DATA / "cifar10" if (DATA / "cifar10" / "cifar-10-batches-py").is_dir() else cifar10_sample()
     folder = Path(data)

@@ -3,7 +3,7 @@
 All groups of processes are started first and wait; then each in turn measures a few steps, round after round, so that a machine that
 gets slower meanwhile gets slower for all of them. The global batch is the same for all: N processes do the same work as one.
 What the all-reduce costs is the time of a step less the time of the same step with no_sync(), measured alternately: only the part
-that is not hidden behind the backward pass counts.
+that is not hidden behind the backward pass counts. Beside it stands one all-reduce of as many bytes with nothing else to do.
 """
 
 import copy
@@ -39,7 +39,7 @@ ROUNDS, STEPS = 7, 3  # rounds over all groups; pairs of steps a group measures 
 def measure_on_demand(connection, args) -> None:
     """Build the training once, then measure a round for every True that comes; the first process sends what it measured."""
     with only_first_speaks():
-        data = load_cifar10(args.data)["train"]
+        data = load_cifar10(args.data, args.batch_size)["train"]
     network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
     model = DistributedDataParallel(network)
     sent = ddp_train.count_bytes(model)
@@ -67,10 +67,15 @@ def measure_on_demand(connection, args) -> None:
         step(number, True)
     while connection.recv():
         sent["bytes"] = 0
-        pairs = [(step(number, True), step(number, False)) for number in range(STEPS)]
+        whole, compute = zip(*[(step(number, True), step(number, False)) for number in range(STEPS)], strict=True)
+        row = {"step_s": statistics.median(whole), "compute_s": statistics.median(compute), "bytes": sent["bytes"] // STEPS}
+        gradients = torch.zeros(row["bytes"] // 4, device=args.device)
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            dist.all_reduce(gradients)
+            gradients[0].item()  # waits for a GPU
         if dist.get_rank() == 0:
-            whole, alone = ([pair[part] for pair in pairs] for part in (0, 1))
-            connection.send({"step_s": statistics.median(whole), "compute_s": statistics.median(alone), "bytes": sent["bytes"] // STEPS})
+            connection.send(row | {"allreduce_s": (time.perf_counter() - begin) / STEPS})
 
 
 class Group:
@@ -145,6 +150,7 @@ def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int
         "efficiency": statistics.median(speedups) / shape[0] if shape[1] == next(iter(runs))[1] else None,
         "compute_ms": statistics.median(run["compute_s"] for run in mine) * 1e3,
         "step_ms": statistics.median(run["step_s"] for run in mine) * 1e3,
+        "allreduce_alone_ms": statistics.median(run["allreduce_s"] for run in mine) * 1e3,
         "allreduce_share": max(0.0, statistics.median(1 - run["compute_s"] / run["step_s"] for run in mine)),
         "bytes_per_step": mine[0]["bytes"],
         "formula_bytes": parameters,
@@ -160,7 +166,7 @@ def say(rows: list[dict], args) -> None:
         f"{best['processes']} processes: {best['speedup']:.2f}x one process, {best['efficiency']:.0%} of the ideal {best['processes']}x; ",
         end="",
     )
-    print(f"the all-reduce is {best['allreduce_share']:.1%} of the step and hands over {best['bytes_per_step']:,} bytes, 4 a parameter")
+    print(f"the all-reduce adds {best['allreduce_share']:.1%} to the step and is handed {best['bytes_per_step']:,} bytes, 4 a parameter")
     threaded = rows[-1]
     if threaded is not best and threaded["efficiency"] is None:
         ratios = [mine / theirs for mine, theirs in zip(best["runs_speedup"], threaded["runs_speedup"], strict=True)]

@@ -57,7 +57,7 @@ def micro_batches(data: Images, step: int, args) -> list[tuple[torch.Tensor, tor
 def train(args) -> None:
     """Train to the last step and evaluate. Every process runs this, and all of them run it in step."""
     with only_first_speaks():
-        data = load_cifar10(args.data)
+        data = load_cifar10(args.data, args.batch_size)
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
     network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
     model = DistributedDataParallel(network)  # distributed: the parameters of rank 0 are sent to all, once

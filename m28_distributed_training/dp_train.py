@@ -225,9 +225,7 @@ def main(args) -> list[dict]:
     if args.devices > args.batch_size or args.batch_size % args.devices:
         raise InputError(f"-devices {args.devices} does not divide -batch_size {args.batch_size}: every device takes an equal part")
     args.steps = min(args.steps, 8) if args.quick else args.steps
-    data = load_cifar10(args.data)
-    if args.batch_size > len(data["train"]):
-        raise InputError(f"-batch_size {args.batch_size} is more than the {len(data['train']):,} training images there are")
+    data = load_cifar10(args.data, args.batch_size)
     rows = [train(args, data)]
     print_table(rows)
     if gpus:

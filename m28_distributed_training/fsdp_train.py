@@ -49,7 +49,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first pr
 def train(args) -> None:
     """Train sharded, then the same steps with DDP, compare parameters and memory. Every process runs this."""
     with only_first_speaks():
-        data = load_cifar10(args.data)
+        data = load_cifar10(args.data, args.batch_size)
     sharded = train_once(args, data, shard=True)
     if sharded:  # not stopped
         report(args, data, sharded, None if args.checkpoint else train_once(args, data, shard=False))

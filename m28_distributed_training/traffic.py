@@ -55,7 +55,7 @@ def plot_traffic(P: int, B: int, X: int, Y: int) -> plt.Figure:
     axes.plot(devices, [ddp_bytes(k, P) / 1e6 for k in devices], "o-", color="tab:blue", label="DDP: sent by each process")
     axes.plot(devices, [fsdp_bytes(k, P) / 1e6 for k in devices], "o-", color="tab:green", label="sharded: sent by each process")
     axes.axhline(2 * P / 1e6, color="tab:blue", linestyle=":", linewidth=1)
-    axes.text(16, 2 * P / 1e6, "2 P", color="tab:blue", fontsize=8, ha="right", va="bottom")
+    axes.text(1.01, 2 * P / 1e6, "2 P", color="tab:blue", fontsize=8, va="center", transform=axes.get_yaxis_transform())
     axes.set(xlabel="devices", ylabel="MB a training step", ylim=(0, None), xticks=devices[::2])
     axes.set_title(f"P = {P / 1e6:.1f} MB of parameters, batch X = {X / 1e6:.1f} MB", fontsize=10)
     axes.legend()
