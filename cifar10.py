@@ -5,16 +5,19 @@ is needed. Where the images come from, first match: `-data` (a folder or an id o
 data/download.py put it, the drawn sample otherwise.
 """
 
+import contextlib
 import os
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from common import DATA, InputError
+from common import DATA, InputError, atomic_path
 from data.fetch import online
 from data.sample import SAMPLE_CLASSES, cifar10_sample
 
@@ -106,11 +109,25 @@ def from_rows(found, split: str, source: str) -> Images:
         columns = ", ".join(rows.column_names)
         raise InputError(f"-data {source} has no column {' and '.join(sorted(missing))}, it has: {columns}; CIFAR-10 has img and label")
     classes = tuple(getattr(rows.features["label"], "names", None) or map(str, sorted(set(rows["label"]))))
-    images = np.stack([np.asarray(image.convert("RGB")) for image in rows["img"]])
-    if images.shape[1:] != (32, 32, 3) or len(classes) != 10:
-        height, width = images.shape[1:3]
+    images, labels = decode_once(rows)
+    if images.shape[1:] != (3, 32, 32) or len(classes) != 10:
+        height, width = images.shape[2:]
         raise InputError(f"-data {source} holds {width}x{height} images of {len(classes)} classes: 32x32 images of 10 are expected")
-    return Images(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(rows["label"][:]), classes, "CIFAR-10")
+    return Images(torch.from_numpy(images), torch.from_numpy(labels), classes, "CIFAR-10")
+
+
+def decode_once(rows) -> tuple[np.ndarray, np.ndarray]:
+    """All images of a `datasets.Dataset`, uint8 (n, 3, height, width), and labels, int64 (n,); kept on disk, as decoding takes seconds."""
+    file = DATA / "decoded_cifar10" / f"{rows._fingerprint}.npz"  # of the rows' content and history, made by the library
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as arrays:
+        return arrays["images"], arrays["labels"]
+    pictures = [np.asarray(image.convert("RGB")) for image in tqdm(rows["img"], f"decoding {len(rows):,} images", leave=False)]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise InputError("the images of -data differ in size: 32x32 images are expected")
+    images, labels = np.stack(pictures).transpose(0, 3, 1, 2).copy(), np.array(rows["label"], np.int64)
+    with contextlib.suppress(OSError, InputError), atomic_path(file) as temporary:  # no place to keep them is no reason to stop
+        np.savez(temporary, images=images, labels=labels)
+    return images, labels
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ What the all-reduce costs is the time of a step less the time of the same step w
 that is not hidden behind the backward pass counts. Beside it stands one all-reduce of as many bytes with nothing else to do.
 """
 
+import contextlib
 import copy
 import functools
+import io
 import multiprocessing
 import statistics
 import sys
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from cifar10 import ConvNet, load_cifar10
 from common import InputError, print_table, save_figure, save_results, spread
 from m28_distributed_training import ddp_train
-from m28_distributed_training.launch import only_first_speaks, run_rank
+from m28_distributed_training.launch import run_rank
 from m28_distributed_training.traffic import ddp_bytes, parameter_bytes
 from machine import usable_cpus
 
@@ -38,8 +40,8 @@ ROUNDS, STEPS = 7, 3  # rounds over all groups; pairs of steps a group measures 
 
 def measure_on_demand(connection, args) -> None:
     """Build the training once, then measure a round for every True that comes; the first process sends what it measured."""
-    with only_first_speaks():
-        data = load_cifar10(args.data, args.batch_size)["train"]
+    with contextlib.redirect_stdout(io.StringIO()):  # the parent has said which data this is
+        data = load_cifar10(args.data)["train"]
     network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
     model = DistributedDataParallel(network)
     sent = ddp_train.count_bytes(model)
@@ -115,6 +117,7 @@ class Group:
 
 def benchmark(args) -> None:
     """Measure 1..N processes of one thread, and one process of N threads, on the same global batch; table, figure, results."""
+    load_cifar10(args.data, args.batch_size)
     counts = [n for n in range(1, args.nproc + 1) if args.batch_size % n == 0]
     threads = args.num_threads or max(1, usable_cpus() // args.nproc)
     shapes = [(n, threads) for n in counts] + ([(1, threads * args.nproc)] if args.nproc > 1 else [])

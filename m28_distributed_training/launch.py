@@ -25,6 +25,7 @@ from common import InputError, one_sentence, positive_int, seed_everything
 from machine import usable_cpus
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
+BAD_INPUT = 2  # exit code of a process that refuses what it was given
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # names of the network interface that leads back to this machine
 
 
@@ -85,12 +86,10 @@ def run_processes(worker, args) -> bool:
                     process.join()
         if first is None:
             return True
-        code = first.exitcode
-        print(
-            f"{first.name} {f'was killed by signal {-code}' if code < 0 else f'ended with exit code {code}'}", file=sys.stderr, flush=True
-        )
-        if code == 2:  # bad input stays bad
+        if first.exitcode == BAD_INPUT:  # which has been said, and stays bad
             return False
+        how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
+        print(f"{first.name} {how}", file=sys.stderr, flush=True)
         if attempt < args.max_restarts:
             args.resume = True
             print(f"starting all processes again, restart {attempt + 1} of {args.max_restarts}", file=sys.stderr, flush=True)
@@ -133,7 +132,7 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
     except InputError as error:
         if local_rank(rank) == 0:  # the others found the same
             one_sentence(InputError, error, None)
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST):
             raise
