@@ -18,7 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 TEMPORARY = Path(os.environ.get("COURSE_TESTS") or tempfile.mkdtemp(prefix="course-tests-"))
 os.environ["COURSE_TESTS"] = str(TEMPORARY)  # a spawned worker that imports this file shall not make a folder of its own
-for variable, folder in {"COURSE_DATA": "data", "COURSE_RESULTS": "results", "NUMBA_CACHE_DIR": "numba"}.items():
+for variable, folder in {"COURSE_DATA": "data", "COURSE_RESULTS": "results", "NUMBA_CACHE_DIR": "numba", "HF_HOME": "huggingface"}.items():
     os.environ[variable] = str(TEMPORARY / folder)  # before common.py is imported, here and in the scripts' processes
 os.environ["MPLBACKEND"] = "Agg"
 
