@@ -217,9 +217,9 @@ def plot_steps(rows: list[dict]) -> plt.Figure:
 
 def main(args) -> list[dict]:
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0
-    args.device_ids = (args.device_ids or list(range(gpus))) if gpus else None
-    if args.device_ids and (absent := [index for index in args.device_ids if index >= gpus]):
+    if absent := [index for index in args.device_ids or [] if index >= gpus]:
         raise InputError(f"-device_ids {absent[0]}: there are {gpus} GPUs here, counted from 0")
+    args.device_ids = (args.device_ids or list(range(gpus))) if gpus else None
     if gpus:
         args.device = torch.device("cuda", args.device_ids[0])
     if args.devices > args.batch_size or args.batch_size % args.devices:

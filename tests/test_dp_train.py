@@ -1,0 +1,105 @@
+"""dp_train.py and traffic.py: the bytes by hand, by formula and counted; one device's gradients; nothing said about DP's speed here."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from cifar10 import ConvNet
+from m28_distributed_training.dp_train import sizes, traced_step
+from m28_distributed_training.traffic import ddp_bytes, dp_bytes, fsdp_bytes, traffic_table
+
+SCRIPT = "m28_distributed_training/dp_train.py"
+SMALL = ["-widths", "8", "16", "32", "-num_threads", "1"]
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (16, 3, 32, 32) of noise and their labels."""
+    torch.manual_seed(0)
+    return torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "stages", "ddp", "fsdp"),
+    # 1000 bytes of parameters, 10 of buffers, a batch of 640 bytes, 80 bytes of outputs
+    [
+        (2, (320, 1_010, 40, 40, 1_000), 1_000, 1_500),
+        (4, (480, 3_030, 60, 60, 3_000), 1_500, 2_250),
+        (8, (560, 7_070, 70, 70, 7_000), 1_750, 2_625),
+    ],
+)
+def test_the_formulas_by_hand(k, stages, ddp, fsdp):
+    assert tuple(dp_bytes(k, 1_000, 10, 640, 80).values()) == stages
+    assert (ddp_bytes(k, 1_000), fsdp_bytes(k, 1_000)) == (ddp, fsdp)
+    [row] = traffic_table(1_000_000, 10_000, 640_000, 80_000, devices=(k,))
+    assert row["devices"] == k and row["dp_root_mb"] == pytest.approx(sum(stages) / 1e3) and row["ddp_each_mb"] == ddp / 1e3
+    assert row["dp_over_ddp"] == pytest.approx(sum(stages) / ddp)
+
+
+def test_ddp_never_reaches_twice_the_parameters_and_dataparallel_grows():
+    assert all(ddp_bytes(k, 4_000_000) < 8_000_000 for k in range(2, 1_000))
+    roots = [sum(dp_bytes(k, 1_000, 0, 0, 0).values()) for k in (2, 3, 4, 5)]
+    assert roots == [2_000, 4_000, 6_000, 8_000]
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("norm", ["group", "batch"])  # batch: with buffers, which are copied as well
+def test_the_counted_bytes_are_the_formulas(batch, k, norm):
+    network = ConvNet((8, 16, 32), norm)
+    P, B, X, Y = sizes(network, batch[0])
+    assert (P, X, Y) == (4 * 18_626, 16 * 3 * 32 * 32 * 4, 16 * 10 * 4)
+    buffers = {"group": 0, "batch": 2 * (2 * 4 * (8 + 16 + 32)) + 6 * 8}  # mean and variance of each channel; a counter each
+    assert buffers[norm] == B
+    assert traced_step(network, *batch, k) == dp_bytes(k, P, B, X, Y)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_traced_gradients_are_one_devices(batch, k):
+    network, (images, labels) = ConvNet((8, 16, 32), "group"), batch
+    torch.nn.functional.cross_entropy(network(images), labels).backward()
+    alone = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+    traced_step(network, images, labels, k)
+    for parameter, gradient in zip(network.parameters(), alone, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
+
+
+# ---- as a learner runs it --------------------------------------------------------------------------------------------
+
+
+@no_gpu
+def test_the_bare_command_counts_bytes_and_says_nothing_about_dataparallels_speed(run_script, results):
+    done = run_script(SCRIPT, "-quick")
+    assert done.returncode == 0, done.stderr
+    assert "nn.DataParallel called the network directly, so images/s above are one device's, not DataParallel's" in done.stdout
+    assert "gradients differ from one device's by at most" in done.stdout
+    rows = json.loads((results / "dp_train.json").read_text())["rows"]
+    training, traced, *table = rows
+    assert set(training) == {"measured", "devices", "steps", "images_per_s", "loss", "accuracy"}
+    assert (training["measured"], training["devices"], training["steps"]) == ("training", 1, 8)
+    assert not any("images_per_s" in row or "ratio" in row or row["measured"] == "DataParallel" for row in rows[1:])
+    assert traced["devices"] == 2 and traced["bytes"]["reduce"] == 4 * 288_746
+    assert [(row["measured"], row["devices"]) for row in table] == [("bytes by formula", k) for k in (2, 4, 8)]
+    assert table[0]["reduce_mb"] == traced["bytes"]["reduce"] / 1e6
+    assert Image.open(results / "dp_train_traffic.png").size[0] > 1000
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-devices", "3"], "-devices 3 does not divide -batch_size 128: every device takes an equal part"),
+        (["-batch_size", "10002"], "-batch_size 10002 is more than the 10,000 training images of the drawn sample"),
+        (["-device_ids", "0", "1"], "-device_ids 0: there are 0 GPUs here, counted from 0"),
+    ],
+)
+def test_what_cannot_work_is_said(run_script, flags, said):
+    done = run_script(SCRIPT, *SMALL, *flags)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {said}\n"
