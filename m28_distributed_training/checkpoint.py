@@ -6,7 +6,10 @@ process of each machine writes one; on resuming, the newest of all machines is s
 """
 
 import pickle
+import struct
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -62,10 +65,13 @@ def read_checkpoint(file: Path) -> dict | str | None:
     if not file.exists():
         return None
     try:
+        with zipfile.ZipFile(file) as parts:  # torch.load takes flipped bits for parameters: it skips the checksums torch.save wrote
+            if parts.testzip() or any(part.external_attr & 0x10 for part in parts.infolist()):  # 0x10: a folder, which it reads as zeros
+                raise zipfile.BadZipFile
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         return f"-checkpoint {file} cannot be read ({error.strerror})"
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error):
         return f"-checkpoint {file} is damaged or no checkpoint: remove it to begin anew, or give another one"
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         return f"-checkpoint {file} is not a checkpoint of these scripts: give another file"
