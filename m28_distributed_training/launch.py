@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, one_sentence, positive_int, seed_everything
+from common import InputError, non_negative_int, one_sentence, positive_int, seed_everything
 from machine import usable_cpus
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
@@ -32,7 +33,9 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # names of the network interface th
 def add_launch_flags(parser) -> None:
     """The flags that say how many processes there are and how long they wait for each other."""
     parser.add_argument("-nproc", type=positive_int, default=2, help="processes on this machine, without torchrun (default: 2)")
-    parser.add_argument("-max_restarts", type=int, default=0, help="start all again, from the checkpoint, when one dies (default: 0)")
+    parser.add_argument(
+        "-max_restarts", type=non_negative_int, default=0, help="start all again, from the checkpoint, when one dies (default: 0)"
+    )
     parser.add_argument("-timeout_s", type=positive_int, default=60, help="seconds a process waits for the others (default: 60)")
     parser.add_argument("-backend", choices=["gloo", "nccl"], help="how processes talk (default: nccl with CUDA, gloo otherwise)")
 
@@ -75,8 +78,10 @@ def run_processes(worker, args) -> bool:
             context, store = multiprocessing.get_context("spawn"), Path(folder, "store")
             names = [f"rank {rank}" for rank in range(args.nproc)]
             ranks = [context.Process(target=run_rank, args=(worker, args, rank, store), name=name) for rank, name in enumerate(names)]
+            meant = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit that, and stay silent at Ctrl-C while they import torch
             for process in ranks:
                 process.start()
+            signal.signal(signal.SIGINT, meant)
             signal.signal(signal.SIGTERM, lambda *_, ranks=ranks: [process.terminate() for process in ranks])  # each saves and ends
             try:
                 first = watch(ranks, args.timeout_s)
@@ -124,6 +129,7 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
     seed_everything(args.seed)
     if store:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the parent speaks
+        tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a killed process would leave behind with a warning
         threading.Thread(target=end_with_parent, daemon=True).start()
         if sys.platform in LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])  # needs no host name that resolves, no firewall
