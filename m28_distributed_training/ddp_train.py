@@ -66,7 +66,7 @@ def train(args) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
     settings, stop = run_settings(args, steps), catch_sigterm()
     first = resume(args, settings, network, optimizer, scheduler)
-    losses, seconds, stopped = [], time.perf_counter(), False
+    losses, mean_loss, seconds, stopped = [], None, time.perf_counter(), False
     for step in (bar := tqdm(range(first, steps), "training", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps)):
         for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
             # distributed: the all-reduce runs during the last backward(); the gradients are then the mean over all processes
@@ -190,7 +190,8 @@ def report(args, data: dict, network: nn.Module, row: dict) -> None:
     row |= {"parameters": parameters, "parameters_sha256": fingerprint(network)}
     print(f"{row['processes']} processes x {args.accumulate} micro-batches of {data['train'].name}, {args.num_threads} threads each")
     print_table([{key: value for key, value in row.items() if key != "parameters_sha256"}])
-    print(f"to the all-reduce: {row['bytes_per_step']:,} bytes a step = 4 x {parameters:,} parameters, once for all micro-batches")
+    if row["bytes_per_step"]:  # a run that was resumed after its last step sent nothing
+        print(f"to the all-reduce: {row['bytes_per_step']:,} bytes a step = 4 x {parameters:,} parameters, once for all micro-batches")
     print(f"parameters sha256 {row['parameters_sha256']}")
     save_results(__file__, args, [row])
 

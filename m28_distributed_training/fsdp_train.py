@@ -74,7 +74,7 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
     settings, stop = run_settings(args, steps) | {"script": "fsdp_train"}, catch_sigterm()
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
-    losses, held, seconds, stopped = [], {}, [], False
+    losses, mean_loss, held, seconds, stopped = [], None, {}, [], False
     for step in (bar := tqdm(range(first, steps), "sharded" if shard else "DDP", unit="step", disable=dist.get_rank() != 0, initial=first)):
         begin = time.perf_counter()
         for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
@@ -100,6 +100,7 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if args.checkpoint else ''}")
             return None
+    held, seconds = held or held_bytes(model, optimizer), seconds or [float("inf")]  # where a finished run was resumed
     return {"P": P, "held": held, "seconds": statistics.median(seconds), "parameters": full_parameters(model), "loss": mean_loss}
 
 
