@@ -1,0 +1,414 @@
+"""ddp_train.py, checkpoint.py, launch.py: the same bits from any number of processes and after any death; a sentence for each fault."""
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import stress_ddp
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from PIL import Image
+from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
+
+from cifar10 import ConvNet, Images, normalize
+from common import InputError, parse
+from m28_distributed_training import checkpoint, ddp_train, launch
+
+SCRIPT = "m28_distributed_training/ddp_train.py"
+SMALL = [*FLAGS[2:], "-steps"]  # the stress command's network, so that its trials and these tests share one undisturbed run
+posix = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict:
+    """The row that two processes reach in 40 steps when nobody disturbs them."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, str(ROOT / SCRIPT), *FLAGS]
+    done = subprocess.run(command, env={**os.environ, "COURSE_RESULTS": str(folder)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads((folder / "ddp_train.json").read_text())["rows"]
+    assert parameters_of(done.stdout) == row["parameters_sha256"]
+    return row
+
+
+@pytest.fixture
+def start_training(start_script, tmp_path):
+    """Start more steps than anybody waits for; the process and its ranks, once the first checkpoint is written."""
+
+    def start(*flags, steps: int = 100_000) -> tuple[subprocess.Popen, list[psutil.Process]]:
+        file = tmp_path / "run.pt"
+        process = start_script(SCRIPT, *SMALL, steps, "-checkpoint", file, "-every", EVERY, *flags, COURSE_RESULTS=str(tmp_path))
+        deadline = time.time() + 60
+        while not file.exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.005)
+        assert file.exists(), process.communicate(timeout=1)
+        return process, stress_ddp.Run.ranks(SimpleNamespace(process=process))
+
+    return start
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A group of this process alone, so that what processes do together can be called here."""
+    if sys.platform in launch.LOOPBACK:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", launch.LOOPBACK[sys.platform])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def arguments(*flags):
+    """What the script's parser makes of some flags."""
+    return parse(ddp_train.training_parser("Doc."), [str(flag) for flag in flags])
+
+
+# ---- the same computation --------------------------------------------------------------------------------------------
+
+
+def test_ddp_hands_four_bytes_a_parameter_to_the_all_reduce(undisturbed):
+    assert (undisturbed["processes"], undisturbed["steps"], undisturbed["parameters"]) == (2, STEPS, 18_626)
+    assert undisturbed["bytes_per_step"] == 4 * 18_626
+    assert undisturbed["images_per_s"] > 0 and undisturbed["loss"] < 2.5 and 0 < undisturbed["accuracy"] < 1
+
+
+def test_one_process_with_two_micro_batches_computes_the_same_bits(undisturbed, run_script, tmp_path):
+    done = run_script(SCRIPT, *FLAGS, "-nproc", "1", "-accumulate", "2", COURSE_RESULTS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads((tmp_path / "ddp_train.json").read_text())["rows"]
+    same = ("parameters_sha256", "accuracy", "bytes_per_step")  # bytes: no_sync() keeps the first micro-batch's gradients here
+    assert [row[key] for key in same] == [undisturbed[key] for key in same] and row["processes"] == 1
+
+
+def test_torchrun_starts_the_same_file_and_repeats_the_run(undisturbed, tmp_path):
+    environment = {**os.environ, "COURSE_RESULTS": str(tmp_path)}
+    command = stress_ddp.command("ddp_train.py", "torchrun", [])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert parameters_of(done.stdout) == undisturbed["parameters_sha256"]
+    assert done.stdout.count("parameters sha256") == 1  # one process speaks for all
+
+
+def test_micro_batches_cut_the_same_batch_in_any_way(monkeypatch):
+    data = Images(torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40) % 10, (), "noise")
+
+    def cut(world: int, accumulate: int, step: int) -> tuple[torch.Tensor, list[int]]:
+        monkeypatch.setattr(dist, "get_world_size", lambda: world)
+        args = SimpleNamespace(batch_size=16, accumulate=accumulate, seed=0, device=torch.device("cpu"))
+        pairs = []
+        for rank in range(world):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            pairs += ddp_train.micro_batches(data, step, args)
+        assert len(pairs) == world * accumulate
+        return torch.cat([images for images, _ in pairs]), torch.cat([labels for _, labels in pairs]).tolist()
+
+    for step in (0, 1, 2):  # the third step begins the second epoch: 8 images of each are left over
+        images, labels = cut(1, 1, step)
+        assert images.shape == (16, 3, 32, 32)
+        for world, accumulate in ((2, 1), (1, 2), (4, 1), (2, 4)):
+            other_images, other_labels = cut(world, accumulate, step)
+            assert torch.equal(images, other_images) and labels == other_labels
+
+
+def noise() -> tuple[torch.nn.Module, Images]:
+    """An untrained network and 1001 images, a number that no group of processes divides evenly."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (1001, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    torch.manual_seed(0)
+    network = ConvNet((8, 16, 32), "group")
+    return network, Images(pixels, torch.randint(0, 10, (1001,), generator=generator), (), "noise")
+
+
+def evaluate_in_groups(rank: int, folder: Path, counted) -> None:
+    """Evaluate in groups of 4, 3, 2 and 1 processes, one after the other; each puts (world, right answers)."""
+    torch.set_num_threads(1)
+    if sys.platform in launch.LOOPBACK:
+        os.environ["GLOO_SOCKET_IFNAME"] = launch.LOOPBACK[sys.platform]
+    network, data = noise()
+    for world in range(4, rank, -1):
+        store = dist.FileStore(str(folder / f"store{world}"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        counted.put((world, ddp_train.evaluate(network, data, SimpleNamespace(device=torch.device("cpu")))))
+        dist.destroy_process_group()
+
+
+def test_each_test_image_is_counted_once_by_any_number_of_processes(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    counted = context.SimpleQueue()
+    processes = [context.Process(target=evaluate_in_groups, args=(rank, tmp_path, counted)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * 4
+    network, data = noise()
+    with torch.inference_mode():
+        right = int((network(normalize(data.images)).argmax(1) == data.labels).sum())
+    assert sorted(counted.get() for _ in range(10)) == [(world, right) for world in (1, 2, 3, 4) for _ in range(world)]
+
+
+def test_the_benchmark_measures_processes_against_threads(run_script, tmp_path):
+    done = run_script(SCRIPT, "-quick", "-benchmark", "-widths", "8", "16", "32", "-num_threads", "1", COURSE_RESULTS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "ddp_train.json").read_text())["rows"]
+    assert [(row["processes"], row["threads"]) for row in rows] == [(1, 1), (2, 1), (1, 2)]
+    assert all({"processes", "images_per_s", "efficiency", "allreduce_share", "bytes_per_step"} <= set(row) for row in rows)
+    assert all(row["bytes_per_step"] == row["formula_bytes"] == 4 * 18_626 for row in rows)
+    assert all(row["images_per_s"] > 0 and 0 <= row["allreduce_share"] < 1 for row in rows)
+    assert rows[0]["efficiency"] == 1 and rows[1]["efficiency"] == rows[1]["speedup"] / 2
+    assert re.search(r"2 processes of 1 threads against one of 2 threads: .*(faster|slower|cannot tell)", done.stdout)
+    assert Image.open(tmp_path / "ddp_train_speedup.png").size[0] > 1000
+
+
+# ---- stopped, killed, gone on ----------------------------------------------------------------------------------------
+
+
+@posix
+def test_sigterm_saves_and_one_process_may_go_on_to_the_same_bits(undisturbed, start_training, run_script, tmp_path):
+    process, _ = start_training(steps=STEPS)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    stopped = int(re.search(rf"SIGTERM: stopped after step (\d+) of {STEPS}; -resume goes on from here", said)[1])
+    flags = [*FLAGS, "-checkpoint", tmp_path / "run.pt", "-resume", "-nproc", "1", "-accumulate", "2", "-every", STEPS]
+    for first in (stopped, STEPS):  # the second time there is nothing left to do
+        done = run_script(SCRIPT, *flags, COURSE_RESULTS=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert f"resumed at step {first} " in done.stdout
+        assert parameters_of(done.stdout) == undisturbed["parameters_sha256"]
+
+
+@posix
+@pytest.mark.parametrize(
+    ("launcher", "while_writing"), [("nproc", False), ("nproc", True), ("torchrun", False)], ids=["nproc", "while-writing", "torchrun"]
+)
+def test_kill_9_changes_no_bit(undisturbed, launcher, while_writing):
+    lost = stress_ddp.trial("ddp_train.py", launcher, while_writing, undisturbed["parameters_sha256"], random.Random(launcher))
+    assert lost <= EVERY
+
+
+@posix
+def test_without_restarts_a_killed_rank_ends_all_with_a_sentence(start_training):
+    process, ranks = start_training()
+    ranks[1].kill()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "rank 1 was killed by signal 9" in said and "rank 0: another rank ended first" in said
+    assert "Traceback" not in said and psutil.wait_procs(ranks, timeout=1)[1] == []
+
+
+@posix
+def test_a_rank_that_hangs_is_not_waited_for_longer_than_timeout_s(start_training):
+    process, ranks = start_training("-timeout_s", "3")
+    ranks[1].suspend()
+    begin = time.time()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1 and 2 < time.time() - begin < 15
+    assert "rank 0: another rank ended first" in said and "Traceback" not in said
+    assert psutil.wait_procs(ranks, timeout=1)[1] == []
+
+
+@posix
+@pytest.mark.parametrize("moment", ["importing torch", "training"])
+def test_ctrl_c_ends_all_processes_within_3_s(start_training, start_script, press_ctrl_c, moment):
+    if moment == "training":
+        process, _ = start_training()
+    else:
+        process = start_script(SCRIPT, *SMALL, 100_000)
+        while process.poll() is None and len(stress_ddp.Run.ranks(SimpleNamespace(process=process))) < 2:
+            time.sleep(0.01)
+        time.sleep(0.5)
+    said = press_ctrl_c(process, within_s=3)
+    assert "leaked semaphore" not in said
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(alone, tmp_path) -> SimpleNamespace:
+    """A checkpoint after one step of training, and what it was written from."""
+    args = arguments("-widths", 8, 16, 32, "-nproc", 1, "-accumulate", 4, "-checkpoint", tmp_path / "run.pt", "-resume", "-num_threads", 1)
+    network = ConvNet(args.widths, "group")
+    optimizer = torch.optim.AdamW(network.parameters())
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.001, total_steps=40)
+    network(torch.zeros(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    settings, state = ddp_train.run_settings(args, 40), ddp_train.state_of(network, optimizer, scheduler)
+    assert checkpoint.save_checkpoint(args.checkpoint, {"step": 1, "settings": settings, **state})
+    return SimpleNamespace(args=args, file=args.checkpoint, settings=settings, parts=(network, optimizer, scheduler), state=state)
+
+
+def test_a_checkpoint_gives_back_every_bit(saved):
+    fingerprint, drawn = ddp_train.fingerprint(saved.parts[0]), torch.rand(3)
+    other = ConvNet(saved.args.widths, "group")
+    optimizer = torch.optim.AdamW(other.parameters())
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.001, total_steps=40)
+    assert ddp_train.fingerprint(other) != fingerprint
+    assert ddp_train.resume(saved.args, saved.settings, other, optimizer, scheduler) == 1
+    assert ddp_train.fingerprint(other) == fingerprint and torch.equal(torch.rand(3), drawn)
+    assert scheduler.state_dict() == saved.parts[2].state_dict()
+    moments = [torch.cat([state["exp_avg_sq"].flatten() for state in one.state.values()]) for one in (optimizer, saved.parts[1])]
+    assert torch.equal(*moments)
+
+
+def test_without_a_file_resume_begins(alone, tmp_path):
+    assert checkpoint.load_checkpoint(tmp_path / "none.pt", {}) is None
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "flipped"])
+def test_a_damaged_checkpoint_is_refused_and_stays(saved, damage):
+    whole = saved.file.read_bytes()
+    if damage == "flipped":  # a bit in each of 30 places all over the file; where nothing is stored it does no harm
+        broken, loaded = [bytearray(whole) for _ in range(30)], torch.load(saved.file, weights_only=True)
+        for number, content in enumerate(broken):
+            content[(2 * number + 1) * len(whole) // 60] ^= 16
+    else:
+        broken = [{"empty": b"", "truncated": whole[:-1000], "text": b"no checkpoint at all\n" * 100}[damage]]
+    refused = 0
+    for content in broken:
+        saved.file.write_bytes(content)
+        try:
+            assert str(checkpoint.load_checkpoint(saved.file, saved.settings)) == str(loaded)
+        except InputError as error:
+            assert re.search(r"-checkpoint .*run.pt is damaged or no checkpoint: remove it to begin anew, or give another one", str(error))
+            refused += 1
+        assert saved.file.read_bytes() == content
+    assert refused >= 0.8 * len(broken)
+
+
+def test_a_foreign_file_is_refused_and_stays(saved):
+    torch.save({"model": saved.state["model"]}, saved.file)
+    before = saved.file.read_bytes()
+    with pytest.raises(InputError, match=r"run.pt is not a checkpoint of these scripts: give another file"):
+        checkpoint.load_checkpoint(saved.file, saved.settings)
+    assert saved.file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "belongs to another run: seed 0 there and 1 here; give the same flags or another file"),
+        ({"widths": [16, 32, 64]}, r"widths \[8, 16, 32\] there and \[16, 32, 64\] here"),
+        ({"batch_size": 64, "steps": 80}, "batch_size 128 there and 64 here, steps 40 there and 80 here"),
+        ({"script": "fsdp_train"}, "script ddp_train there and fsdp_train here"),
+        ({"world": 2}, "written by 1 processes, these are 2: with 4 micro-batches a step the sum would be taken in another order"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_reason(saved, change, said):
+    before = saved.file.read_bytes()
+    with pytest.raises(InputError, match=said):
+        checkpoint.load_checkpoint(saved.file, saved.settings | change)
+    assert saved.file.read_bytes() == before
+
+
+def test_another_number_of_processes_may_take_over_two_micro_batches():
+    checkpoint.check_settings(Path("run.pt"), {"world": 2, "micro_batches": 2}, {"world": 1, "micro_batches": 2})
+
+
+def test_a_run_that_cannot_resume_ends_with_one_sentence_and_leaves_the_file(saved, run_script):
+    before = saved.file.read_bytes()
+    done = run_script(SCRIPT, *FLAGS, "-widths", "16", "32", "64", "-checkpoint", saved.file, "-resume", "-max_restarts", "3")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: -checkpoint {saved.file} belongs to another run: ") and done.stderr.count("\n") == 1
+    assert saved.file.read_bytes() == before
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def short_write(*_, **__):
+    raise RuntimeError(
+        "[enforce fail at inline_container.cc:745] . PytorchStreamWriter failed writing file data/3: file write failed\nstack"
+    )
+
+
+@pytest.mark.parametrize("fault", [full_disk, short_write])
+def test_on_a_full_disk_the_old_checkpoint_stays(saved, monkeypatch, capsys, fault):
+    before = saved.file.read_bytes()
+    monkeypatch.setattr(torch, "save", fault)
+    assert checkpoint.save_checkpoint(saved.file, {"step": 7}) is False
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: no checkpoint at step 7: {saved.file} cannot be written (") and said.count("\n") == 1
+    assert saved.file.read_bytes() == before and list(saved.file.parent.iterdir()) == [saved.file]
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """The system writes no file beyond `size` bytes: torch meets a write that comes up short, as on a full disk."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@posix
+def test_a_write_that_really_comes_up_short_is_survived(saved, capsys):
+    before = saved.file.read_bytes()
+    with largest_file(100_000):
+        written = checkpoint.save_checkpoint(saved.file, {"step": 7, "noise": torch.rand(1_000_000)})
+    assert written is False and "the training goes on" in capsys.readouterr().err
+    assert saved.file.read_bytes() == before and list(saved.file.parent.iterdir()) == [saved.file]
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-nproc", "0"], "argument -nproc: '0' is not allowed: a whole number of at least 1"),
+        (["-accumulate", "0"], "argument -accumulate: '0' is not allowed"),
+        (["-max_restarts", "-1"], "argument -max_restarts: '-1' is not allowed: a whole number of at least 0"),
+        (["-backend", "mpi"], "argument -backend: invalid choice: 'mpi'"),
+    ],
+)
+def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        arguments(*flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-nproc", "3"], "-batch_size 128 does not divide into 3 equal micro-batches .*: give a multiple of 3"),
+        (["-nproc", "2", "-accumulate", "3"], r"6 equal micro-batches \(2 processes x -accumulate 3\): give a multiple of 6"),
+        (["-nproc", "200"], "give a multiple of 200"),
+        (["-resume"], "-resume goes on from a checkpoint: give -checkpoint FILE, too"),
+        (["-max_restarts", "1"], "-max_restarts starts from a checkpoint: give -checkpoint FILE, too"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_process_starts(flags, said):
+    with pytest.raises(InputError, match=said):
+        ddp_train.check(arguments(*flags))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_what_all_ranks_refuse_is_said_once(run_script):
+    done = run_script(SCRIPT, *FLAGS, "-backend", "nccl")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: -backend nccl needs CUDA devices and a torch built with nccl, which are not here")
+    assert done.stderr.count("\n") == 1
