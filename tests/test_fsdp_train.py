@@ -1,0 +1,89 @@
+"""fsdp_train.py: DDP's bits from half of DDP's memory, and the same after kill -9."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import stress_ddp
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
+
+from cifar10 import ConvNet, load_cifar10
+from common import InputError, parse
+from m28_distributed_training import checkpoint, ddp_train, fsdp_train, launch
+
+SCRIPT = "m28_distributed_training/fsdp_train.py"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> SimpleNamespace:
+    """What two processes say and save when nobody disturbs them; 40 steps are the script's own number."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, str(ROOT / SCRIPT), *FLAGS[2:]]
+    done = subprocess.run(command, env={**os.environ, "COURSE_RESULTS": str(folder)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(said=done.stdout, rows=json.loads((folder / "fsdp_train.json").read_text())["rows"])
+
+
+def test_sharded_training_ends_with_ddps_bits(undisturbed):
+    assert "parameters of both after the last step: the same bits" in undisturbed.said
+    ddp, sharded = undisturbed.rows
+    assert (ddp["variant"], sharded["variant"]) == ("DDP", "sharded")
+    for key in ("parameters_sha256", "accuracy", "loss", "processes"):
+        assert ddp[key] == sharded[key]
+    assert parameters_of(undisturbed.said) == ddp["parameters_sha256"]
+
+
+def test_a_process_holds_half_of_what_ddps_does_and_sends_one_and_a_half_times_as_much(undisturbed):
+    ddp, sharded = undisturbed.rows
+    P = 4 * 18_626 / 1e6
+    assert ddp["parameters_mb"] == ddp["gradients_mb"] == P and sharded["parameters_mb"] == sharded["gradients_mb"] == P / 2
+    assert ddp["optimizer_mb"] == pytest.approx(2 * P, rel=0.001)  # beside the two moments one step counter a parameter
+    assert sharded["held_mb"] == pytest.approx(ddp["held_mb"] / 2, rel=0.001)
+    assert (ddp["sent_mb"], sharded["sent_mb"]) == (P, 1.5 * P)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_kill_9_changes_no_bit(undisturbed):
+    assert stress_ddp.trial("fsdp_train.py", "nproc", False, parameters_of(undisturbed.said), random.Random(0)) <= EVERY
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A group of this process alone, so that what processes do together can be called here."""
+    monkeypatch.setattr(fsdp_train, "catch_sigterm", list)
+    if sys.platform in launch.LOOPBACK:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", launch.LOOPBACK[sys.platform])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_run_resumed_after_its_last_step_ends_with_the_same_bits(alone, tmp_path):
+    args = parse(ddp_train.training_parser("Doc."), [*FLAGS, "-steps", "2", "-every", "1", "-checkpoint", str(tmp_path / "run.pt")])
+    data = load_cifar10()
+    runs = []
+    for args.resume in (False, True):
+        runs.append(fsdp_train.train_once(args, data, shard=True))
+    first, again = (run["parameters"] for run in runs)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert runs[1]["held"]["optimizer"] == runs[0]["held"]["optimizer"]
+
+
+def test_a_checkpoint_of_ddp_is_refused_with_a_sentence(alone, tmp_path):
+    args = parse(ddp_train.training_parser("Doc."), [*FLAGS, "-resume", "-checkpoint", str(tmp_path / "ddp.pt")])
+    network = ConvNet(args.widths, "group")
+    optimizer = torch.optim.AdamW(network.parameters())
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.001, total_steps=STEPS)
+    settings, state = ddp_train.run_settings(args, STEPS), ddp_train.state_of(network, optimizer, scheduler)
+    checkpoint.save_checkpoint(args.checkpoint, {"step": 5, "settings": settings, **state})
+    before = args.checkpoint.read_bytes()
+    with pytest.raises(InputError, match=r"ddp.pt belongs to another run: script ddp_train there and fsdp_train here; give the same flags"):
+        fsdp_train.train(args)
+    assert args.checkpoint.read_bytes() == before
