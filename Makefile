@@ -7,8 +7,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 READY := .venv/requirements.txt
 
-.PHONY: exercises m27 m28 test lint
-exercises: m27 m28
+.PHONY: exercises m27 m28 m29 test lint
+exercises: m27 m28 m29
 	@echo
 	@echo "Every exercise ran. Written to $${COURSE_RESULTS:-results}:"
 	@ls "$${COURSE_RESULTS:-results}"
@@ -25,6 +25,9 @@ m28: $(READY)
 	$(RUN) m28_distributed_training/ddp_train.py -quick
 	$(RUN) m28_distributed_training/ddp_train.py -quick -benchmark
 	$(RUN) m28_distributed_training/fsdp_train.py -quick
+
+m29: $(READY)
+	$(RUN) m29_inference/architectures.py -quick
 
 test: $(READY)
 	$(RUN) -m pytest

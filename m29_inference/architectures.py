@@ -1,0 +1,284 @@
+"""Choose the network before anything else: parameters, multiplications, latency and accuracy of four architectures side by side.
+
+    python m29_inference/architectures.py                                              a ResNet, an EfficientNet, a MobileNet, a Swin
+    python m29_inference/architectures.py -models resnet50 vit_b_16 -batch_sizes 1 8 32
+    python m29_inference/architectures.py -resolution 160                              fewer pixels, fewer multiplications
+    python m29_inference/architectures.py -budget_ms 20                                the best network for 20 ms an image
+
+A MAC is one multiplication and one addition; papers call it a FLOP, and others count two FLOPs for it. A convolution of k x k costs k * k *
+inputs * outputs MACs for every pixel of its output. MACs are not time: a network with few of them may keep the multipliers waiting for
+memory, so the achieved rate, GMAC/s, stands beside what a plain matrix product reaches here. Nothing is downloaded: latency does not
+depend on the weights' values, and the accuracies are those that torchvision publishes with its weights.
+"""
+
+import copy
+import difflib
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torchvision
+from matplotlib.ticker import LogLocator
+from ptflops import get_model_complexity_info
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from common import InputError, measure, measure_alternately, new_parser, parse, positive_int, print_table, save_figure, save_results
+from machine import available_memory
+
+MODELS = ("resnet18", "efficientnet_b0", "mobilenet_v3_large", "swin_t")
+SMALLEST = 32  # pixels a side
+TOLERANCE = 0.005  # counts that differ by more are marked
+
+
+# ---- one network -----------------------------------------------------------------------------------------------------
+
+
+def build(name: str, pretrained: bool, device: torch.device) -> tuple[nn.Module, object]:
+    """A torchvision network in eval mode and the description of its published weights; downloads them only if asked to."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        raise InputError(f"-models {name}: torchvision has no such network{', did you mean ' + ' or '.join(near) if near else ''}")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of networks whose initialization will change
+            model = torchvision.models.get_model(name, weights=weights if pretrained else None)
+    except OSError as error:  # urllib's errors are among them
+        raise InputError(f"-pretrained: the weights of {name} cannot be fetched ({error}): leave the flag out") from error
+    return model.eval().to(device), weights
+
+
+def uses_attention(model: nn.Module) -> bool:
+    return any("Attention" in type(module).__name__ for module in model.modules())
+
+
+def count_macs(model: nn.Module, resolution: int) -> dict[str, float]:
+    """GMACs of one image by two counters. ptflops' aten backend does not see inside attention, torch's counter does."""
+    shape = (3, resolution, resolution)
+    options = {"backend": "aten", "as_strings": False, "print_per_layer_stat": False, "verbose": False}
+    macs, _ = get_model_complexity_info(model, shape, **options)
+    image = torch.zeros(1, *shape, device=next(model.parameters()).device)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # MATH: attention as products that are counted
+        model(image)
+    return {"ptflops": macs / 1e9, "flop_counter": counter.get_total_flops() / 2e9}
+
+
+def describe(name: str, model: nn.Module, weights, resolution: int) -> dict:
+    """Size, MACs by both counters, and what is published, with a mark where the numbers disagree by more than half a percent."""
+    macs = count_macs(model, resolution)
+    gmacs = macs["flop_counter"] if uses_attention(model) else macs["ptflops"]
+    published = weights.meta["_ops"] if resolution == published_resolution(weights) else None
+    marks = []
+    if abs(macs["ptflops"] / macs["flop_counter"] - 1) > TOLERANCE:
+        marks.append("ptflops sees attention in part" if uses_attention(model) else "counters differ")
+    if published and abs(gmacs / published - 1) > TOLERANCE:
+        marks.append("not the published count")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.pt")
+        torch.save(model.state_dict(), file)
+        size_mb = file.stat().st_size / 1e6
+    return {
+        "model": name,
+        "resolution": resolution,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "size_mb": size_mb,
+        "gmacs": gmacs,
+        "gmacs_ptflops": macs["ptflops"],
+        "gmacs_flop_counter": macs["flop_counter"],
+        "gmacs_published": published,
+        "accuracy_published": weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100,
+        "note": "; ".join(marks) or None,
+    }
+
+
+def published_resolution(weights) -> int:
+    return weights.transforms().crop_size[0]
+
+
+def activation_bytes(model: nn.Module, image: torch.Tensor) -> int:
+    """Bytes that the layers put out for `image`; in inference only some of them are alive at a time, so this is an upper bound."""
+    total = 0
+
+    def add(module: nn.Module, inputs, output) -> None:
+        nonlocal total
+        total += output.nbytes if isinstance(output, torch.Tensor) else 0
+
+    hooks = [module.register_forward_hook(add) for module in model.modules() if not list(module.children())]
+    with torch.inference_mode():
+        model(image)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, device: torch.device) -> int:
+    """The largest batch up to `batch` whose activations fit into the free memory, by an estimate from one image; says so when smaller."""
+    if resolution < SMALLEST:
+        raise InputError(f"-resolution {resolution} is too small: these networks halve it five times, so {SMALLEST} is the least")
+    try:
+        each = activation_bytes(model, torch.zeros(1, 3, resolution, resolution, device=device))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[-1][:100]
+        raise InputError(f"{name} does not work at -resolution {resolution} ({reason}): {hint_resolution(name)}") from error
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    most = max(1, int(0.8 * free // each))
+    if most < batch:
+        print(f"warning: {name} needs about {each / 1e6:,.0f} MB an image, {free / 1e6:,.0f} MB are free: batch {most} instead of {batch}")
+    return min(batch, most)
+
+
+def hint_resolution(name: str) -> str:
+    trained = published_resolution(torchvision.models.get_model_weights(name).DEFAULT)
+    return f"it was made for {trained}, Vision Transformers take no other the rest none much smaller"
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def time_forward(model: nn.Module, images: torch.Tensor) -> tuple[float, float, str]:
+    """Median and sd in ms of a forward pass, in the faster of two memory layouts, after both were seen to compute the same."""
+    layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    calls, outputs = {}, {}
+    with torch.inference_mode():
+        for layout, memory_format in layouts.items():
+            copied = model if layout == "contiguous" else copy.deepcopy(model).to(memory_format=memory_format)
+            arranged = images.to(memory_format=memory_format)
+            calls[layout] = lambda copied=copied, arranged=arranged: copied(arranged)
+            outputs[layout] = calls[layout]()
+        difference = (outputs["contiguous"] - outputs["channels_last"]).abs().max() / outputs["contiguous"].abs().max()
+        if difference > 1e-3:
+            raise RuntimeError(f"channels_last computes something else: relative difference {difference:.1e}")
+        timings = measure_alternately(calls, images.device)
+    layout = min(timings, key=lambda name: timings[name].median_ms)
+    return timings[layout].median_ms, timings[layout].sd_ms, layout
+
+
+def ceilings(device: torch.device, n: int = 2048) -> dict[str, float]:
+    """GMAC/s of an n x n matrix product and of a wide 3x3 convolution in float32, best of 5: what the multipliers can do here.
+
+    Both, because they come from different libraries: on some CPUs one of them reaches twice the rate of the other.
+    """
+    a, b = torch.rand(2, n, n, device=device)
+    convolution = nn.Conv2d(256, 256, 3, padding=1, bias=False, device=device).to(memory_format=torch.channels_last)
+    images = torch.rand(8, 256, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    calls = {"a matrix product": (n**3, lambda: a @ b), "a 3x3 convolution": (8 * 32 * 32 * 9 * 256 * 256, lambda: convolution(images))}
+    with torch.inference_mode():
+        return {name: macs / 1e6 / min(measure(call, device).runs_ms) for name, (macs, call) in calls.items()}
+
+
+def plan(row: dict, batch: int, timing: tuple[float, float, str]) -> dict:
+    latency_ms, sd_ms, layout = timing
+    rates = {"images_per_s": batch / latency_ms * 1e3, "gmacs_per_s": row["gmacs"] * batch / latency_ms * 1e3}
+    return {**row, "batch": batch, "latency_ms": latency_ms, "latency_sd_ms": sd_ms, **rates, "layout": layout}
+
+
+# ---- pictures and advice ---------------------------------------------------------------------------------------------
+
+
+def pareto(rows: list[dict]) -> list[dict]:
+    """The rows that no other row beats in both latency and accuracy, fastest first."""
+    front, best = [], -1.0
+    for row in sorted(rows, key=lambda row: (row["latency_ms"], -row["accuracy_published"])):
+        if row["accuracy_published"] > best:
+            front.append(row)
+            best = row["accuracy_published"]
+    return front
+
+
+def plot_accuracy(rows: list[dict]) -> plt.Figure:
+    """Published accuracy over latency at the smallest batch; the area of a bubble is the number of parameters."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    front = pareto(rows)
+    axes.plot([row["latency_ms"] for row in front], [row["accuracy_published"] for row in front], "--", color="grey", label="Pareto front")
+    for row in rows:
+        axes.scatter(row["latency_ms"], row["accuracy_published"], s=row["parameters"] / 4e4, alpha=0.5)
+        text = f"{row['model']}\n{row['parameters'] / 1e6:.1f} M"
+        axes.annotate(text, (row["latency_ms"], row["accuracy_published"]), fontsize=8, ha="center", va="center")
+    axes.set(xlabel=f"ms at batch {rows[0]['batch']}", ylabel="ImageNet top-1 accuracy, as published")
+    axes.margins(0.2)
+    axes.legend(fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure
+
+
+def plot_rates(rows: list[dict], what: str, ceiling: float) -> plt.Figure:
+    """Latency over MACs, both logarithmic, with lines of constant GMAC/s: a network far above the ceiling's line waits for memory."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    macs = [min(row["gmacs"] for row in rows) / 2, max(row["gmacs"] for row in rows) * 4]  # room for the names
+    for share in (1, 0.5, 0.25, 0.1, 0.05):
+        rate = ceiling * share
+        name = f"{rate:,.0f} GMAC/s" + (f", {what}" if share == 1 else "")
+        axes.plot(macs, [count / rate * 1e3 for count in macs], color="tab:red" if share == 1 else "lightgrey", linewidth=1)
+        axes.annotate(name, (macs[1], macs[1] / rate * 1e3), fontsize=7, color="grey", ha="right", va="bottom")
+    for row in rows:
+        axes.plot(row["gmacs"], row["latency_ms"], "o")
+        axes.annotate(f" {row['model']}, {row['gmacs_per_s']:,.0f} GMAC/s", (row["gmacs"], row["latency_ms"]), fontsize=8, va="top")
+    axes.set(xlabel="GMACs an image", ylabel=f"ms at batch {rows[0]['batch']}", xscale="log", yscale="log", xlim=macs)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure
+
+
+def advise(rows: list[dict], budget_ms: float) -> str:
+    """Which network to take for a latency budget, and why."""
+    fitting = [row for row in rows if row["latency_ms"] <= budget_ms]
+    if not fitting:
+        fastest = min(rows, key=lambda row: row["latency_ms"])
+        return f"No network here needs at most {budget_ms:g} ms; the fastest, {fastest['model']}, takes {fastest['latency_ms']:.1f} ms."
+    best = max(fitting, key=lambda row: row["accuracy_published"])
+    text = (
+        f"For {budget_ms:g} ms take {best['model']}: {best['accuracy_published']:.1%} published accuracy in {best['latency_ms']:.1f} ms, "
+    )
+    better = [row for row in rows if row["accuracy_published"] > best["accuracy_published"]]
+    if better:
+        return (
+            text + f"the best of {len(fitting)} that fit; {better[0]['model']} is more accurate and needs {better[0]['latency_ms']:.1f} ms."
+        )
+    return text + "the most accurate of all, and it fits."
+
+
+def main(args) -> list[dict]:
+    batches = sorted(set(args.batch_sizes if not args.quick else [1]))
+    rows = []
+    for name in tqdm(dict.fromkeys(args.models), "networks"):
+        model, weights = build(name, args.pretrained, args.device)
+        resolution = args.resolution or published_resolution(weights)
+        fitting = {batch: fitting_batch(model, name, resolution, batch, args.device) for batch in batches}
+        row = describe(name, model, weights, resolution)
+        for batch in fitting.values():
+            rows.append(plan(row, batch, time_forward(model, torch.randn(batch, 3, resolution, resolution, device=args.device))))
+    rates = ceilings(args.device)
+    best = max(rates, key=rates.get)
+    firsts = [next(row for row in rows if row["model"] == name) for name in dict.fromkeys(args.models)]
+    counted = ("model", "resolution", "parameters", "size_mb", "gmacs", "gmacs_ptflops", "gmacs_flop_counter", "gmacs_published", "note")
+    print_table([{key: row[key] for key in counted} for row in firsts])
+    print(f"\nGMAC/s here: {', '.join(f'{name} {rate:,.0f}' for name, rate in rates.items())}; of_ceiling is the share of {best}")
+    timed = ("model", "batch", "latency_ms", "latency_sd_ms", "images_per_s", "gmacs_per_s", "layout", "accuracy_published")
+    print_table([{key: row[key] for key in timed} | {"of_ceiling": row["gmacs_per_s"] / rates[best]} for row in rows])
+    print(advise(firsts, args.budget_ms))
+    save_figure(plot_accuracy(firsts), __file__, "accuracy", args, "5 repeats, accuracy as published by torchvision")
+    save_figure(plot_rates(firsts, best, rates[best]), __file__, "rates", args, "5 repeats, median")
+    return rows
+
+
+if __name__ == "__main__":
+    parser = new_parser(__doc__)
+    flag = parser.add_argument
+    flag("-models", nargs="+", default=list(MODELS), help=f"torchvision's names (default: {' '.join(MODELS)})")
+    flag("-resolution", type=positive_int, help="pixels a side (default: each network's own)")
+    flag("-batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="images at a time (default: 1 8)")
+    flag("-budget_ms", type=float, default=50.0, help="latency at the smallest batch that you can afford (default: 50)")
+    flag("-pretrained", action="store_true", help="download the published weights; changes no latency")
+    args = parse(parser)
+    rows = main(args)
+    save_results(__file__, args, rows)

@@ -1,0 +1,115 @@
+"""architectures.py: the counters against hand-computed networks and published numbers, the advice, and bad input."""
+
+import json
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from common import InputError
+from m29_inference import architectures
+
+CPU = torch.device("cpu")
+SCRIPT = "m29_inference/architectures.py"
+
+
+class OneHead(nn.Module):
+    """Attention of one head over 16 x 16 pixels: what one counter sees and the other does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(3, 12, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(images.flatten(2).transpose(1, 2)).chunk(3, dim=2)
+        return nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
+
+
+def test_macs_of_networks_counted_by_hand():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, stride=2, bias=False), nn.Flatten(), nn.Linear(512, 10, bias=False)).eval()
+    by_hand = 8 * 8 * (3 * 3 * 3 * 8) + 512 * 10  # output pixels x (kernel x inputs x outputs), and inputs x outputs
+    assert architectures.count_macs(net, 16) == {"ptflops": by_hand / 1e9, "flop_counter": by_hand / 1e9}
+    attention = 256 * 3 * 12 + 2 * 256 * 256 * 4  # projections; q k' and the weights times v
+    assert architectures.count_macs(OneHead().eval(), 16)["flop_counter"] == attention / 1e9
+
+
+@pytest.mark.parametrize("name", architectures.MODELS)
+def test_macs_are_the_published_ones(name):
+    model, weights = architectures.build(name, False, CPU)
+    row = architectures.describe(name, model, weights, architectures.published_resolution(weights))
+    assert abs(row["gmacs"] / row["gmacs_published"] - 1) <= 0.005 and row["note"] is None
+    assert row["parameters"] == weights.meta["num_params"] and not model.training
+    assert row["size_mb"] == pytest.approx(4 * row["parameters"] / 1e6, rel=0.05)
+
+
+def test_a_counter_that_misses_attention_is_marked():
+    model, weights = architectures.build("vit_b_16", False, CPU)
+    row = architectures.describe("vit_b_16", model, weights, 224)
+    assert row["note"] == "ptflops sees attention in part" and row["gmacs"] == pytest.approx(17.564, abs=0.001)
+    assert architectures.describe("vit_b_16", model, weights, 224)["gmacs_published"] == 17.564
+
+
+def test_the_front_and_the_advice():
+    rows = [
+        {"model": name, "latency_ms": ms, "accuracy_published": accuracy}
+        for name, ms, accuracy in [("slow", 50.0, 0.8), ("beaten", 20.0, 0.6), ("fast", 10.0, 0.7)]
+    ]
+    assert [row["model"] for row in architectures.pareto(rows)] == ["fast", "slow"]
+    assert "take fast" in architectures.advise(rows, 30) and "slow is more accurate and needs 50.0 ms" in architectures.advise(rows, 30)
+    assert "take slow" in architectures.advise(rows, 60) and "the most accurate of all" in architectures.advise(rows, 60)
+    assert architectures.advise(rows, 5).startswith("No network here needs at most 5 ms; the fastest, fast")
+
+
+def test_a_batch_too_large_for_the_memory_is_made_smaller(monkeypatch, capsys):
+    model, _ = architectures.build("mobilenet_v3_large", False, CPU)
+    each = architectures.activation_bytes(model, torch.zeros(1, 3, 32, 32))
+    monkeypatch.setattr(architectures, "available_memory", lambda: 10 * each)
+    assert architectures.fitting_batch(model, "mobilenet_v3_large", 32, 4, CPU) == 4 and capsys.readouterr().out == ""
+    assert architectures.fitting_batch(model, "mobilenet_v3_large", 32, 64, CPU) == 8
+    assert "batch 8 instead of 64" in capsys.readouterr().out
+
+
+def test_layouts_are_compared_before_they_are_timed():
+    class Depends(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images * (2 if images.is_contiguous() else 1)
+
+    with pytest.raises(RuntimeError, match="channels_last computes something else"):
+        architectures.time_forward(Depends(), torch.rand(2, 3, 8, 8))
+
+
+def test_bad_input_is_said():
+    with pytest.raises(InputError, match="no such network, did you mean resnet18"):
+        architectures.build("resnet81", False, CPU)
+    model, _ = architectures.build("vit_b_16", False, CPU)
+    with pytest.raises(InputError, match=r"vit_b_16 does not work at -resolution 160 .*made for 224"):
+        architectures.fitting_batch(model, "vit_b_16", 160, 1, CPU)
+    with pytest.raises(InputError, match="-resolution 16 is too small"):
+        architectures.fitting_batch(model, "vit_b_16", 16, 1, CPU)
+
+
+def test_weights_that_cannot_be_fetched_are_said(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "get_model", refuse)
+    with pytest.raises(InputError, match=r"the weights of resnet18 cannot be fetched .no route to host.: leave the flag out"):
+        architectures.build("resnet18", True, CPU)
+
+
+def test_the_run_of_a_learner(run_script, results):
+    done = run_script(SCRIPT, "-quick", "-models", "mobilenet_v3_large", "resnet18", "-resolution", "64")
+    assert done.returncode == 0, done.stderr
+    assert "GMAC/s here: a matrix product" in done.stdout and "For 50 ms take" in done.stdout
+    rows = json.loads((results / "architectures.json").read_text())["rows"]
+    keys = {"model", "parameters", "gmacs", "gmacs_published", "batch", "latency_ms", "images_per_s", "accuracy_published"}
+    assert [row["model"] for row in rows] == ["mobilenet_v3_large", "resnet18"] and keys <= set(rows[0])
+    assert rows[0]["gmacs_published"] is None  # it was published for another resolution
+    assert all((results / f"architectures_{name}.png").exists() for name in ("accuracy", "rates"))
+
+
+def test_a_wrong_name_ends_the_run(run_script):
+    done = run_script(SCRIPT, "-models", "mobilenet")
+    assert done.returncode == 1 and "error: -models mobilenet: torchvision has no such network, did you mean mobilenet_v2" in done.stderr
+    assert "Traceback" not in done.stderr
