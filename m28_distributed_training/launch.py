@@ -84,7 +84,7 @@ def run_processes(worker, args) -> bool:
             signal.signal(signal.SIGINT, meant)
             signal.signal(signal.SIGTERM, lambda *_, ranks=ranks: [process.terminate() for process in ranks])  # each saves and ends
             try:
-                first = watch(ranks, args.timeout_s)
+                first = watch(ranks)
             finally:
                 for process in ranks:
                     process.kill()
@@ -101,12 +101,14 @@ def run_processes(worker, args) -> bool:
     return False
 
 
-def watch(ranks: list, timeout_s: float):
+def watch(ranks: list):
     """Wait until all processes ended and return None, or the first that ended badly, once the others had time to say so."""
     running = {process.sentinel: process for process in ranks}
     while running:
         ended = [running.pop(sentinel) for sentinel in wait(list(running))]
-        failed = [process for process in ended if process.join() or process.exitcode]
+        for process in ended:
+            process.join()
+        failed = [process for process in ended if process.exitcode]
         if failed:
             wait_for_all(list(running), seconds=2)  # those that lost their peer notice it now
             return min(failed, key=lambda process: process.exitcode)  # a signal before an exit code: that one did not end by itself
