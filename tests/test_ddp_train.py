@@ -184,12 +184,22 @@ def test_sigterm_saves_and_one_process_may_go_on_to_the_same_bits(undisturbed, s
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     stopped = int(re.search(rf"SIGTERM: stopped after step (\d+) of {STEPS}; -resume goes on from here", said)[1])
-    flags = [*FLAGS, "-checkpoint", tmp_path / "run.pt", "-resume", "-nproc", "1", "-accumulate", "2", "-every", STEPS]
-    for first in (stopped, STEPS):  # the second time there is nothing left to do
-        done = run_script(SCRIPT, *flags, COURSE_RESULTS=str(tmp_path))
-        assert done.returncode == 0, done.stderr
-        assert f"resumed at step {first} " in done.stdout
-        assert parameters_of(done.stdout) == undisturbed["parameters_sha256"]
+    flags = [*FLAGS, "-checkpoint", tmp_path / "run.pt", "-resume", "-nproc", "1", "-accumulate", "2"]
+    done = run_script(SCRIPT, *flags, COURSE_RESULTS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {stopped} " in done.stdout
+    assert parameters_of(done.stdout) == undisturbed["parameters_sha256"]
+
+
+def test_a_run_resumed_after_its_last_step_reports_the_same_bits(alone, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ddp_train, "catch_sigterm", list)
+    args = arguments(*FLAGS, "-steps", 2, "-every", 1, "-checkpoint", tmp_path / "run.pt")
+    said = []
+    for args.resume in (False, True):
+        ddp_train.train(args)
+        said.append(capsys.readouterr().out)
+    assert "resumed at step 2 " in said[1] and parameters_of(said[0]) == parameters_of(said[1])
+    assert "to the all-reduce" in said[0] and "to the all-reduce" not in said[1]
 
 
 @posix
@@ -323,7 +333,7 @@ def test_another_number_of_processes_may_take_over_two_micro_batches():
 
 def test_a_run_that_cannot_resume_ends_with_one_sentence_and_leaves_the_file(saved, run_script):
     before = saved.file.read_bytes()
-    done = run_script(SCRIPT, *FLAGS, "-widths", "16", "32", "64", "-checkpoint", saved.file, "-resume", "-max_restarts", "3")
+    done = run_script(SCRIPT, *FLAGS, "-nproc", "1", "-seed", "1", "-checkpoint", saved.file, "-resume", "-max_restarts", "3")
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: -checkpoint {saved.file} belongs to another run: ") and done.stderr.count("\n") == 1
     assert saved.file.read_bytes() == before
