@@ -200,6 +200,8 @@ def check(args) -> None:
     """Raise InputError for what cannot work, before any process is started."""
     if args.quick:
         args.steps = min(args.steps or 20, 20)
+    if args.micro_batches:
+        args.accumulate = share_micro_batches(args)
     micro = world_size(args) * args.accumulate
     if args.batch_size % micro:
         raise InputError(
@@ -212,6 +214,15 @@ def check(args) -> None:
         raise InputError("-resume goes on from a checkpoint: give -checkpoint FILE, too")
 
 
+def share_micro_batches(args) -> int:
+    """Micro-batches a process when -micro_batches says how many all have together: the world may then change, the bits may not."""
+    if args.accumulate > 1:
+        raise InputError("-accumulate counts the micro-batches of a process, -micro_batches those of all: give one of the two")
+    if args.micro_batches % world_size(args):
+        raise InputError(f"-micro_batches {args.micro_batches} cannot be shared out evenly among {world_size(args)} processes")
+    return args.micro_batches // world_size(args)
+
+
 def training_parser(doc: str):
     """The flags that ddp_train.py and fsdp_train.py have in common."""
     parser = new_parser(doc)
@@ -221,6 +232,7 @@ def training_parser(doc: str):
     flag("-steps", type=positive_int, help="steps, instead of epochs")
     flag("-batch_size", type=positive_int, default=128, help="images a step, of all processes together (default: 128)")
     flag("-accumulate", type=positive_int, default=1, help="micro-batches a process before each all-reduce (default: 1)")
+    flag("-micro_batches", type=positive_int, help="instead: micro-batches a step of all processes, however many they are just now")
     flag("-widths", type=positive_int, nargs=3, default=[32, 64, 128], help="channels of the three stages (default: 32 64 128)")
     flag("-lr", type=float, default=0.001, help="highest learning rate of the schedule (default: 0.001)")
     flag("-bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast)")
