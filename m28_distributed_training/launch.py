@@ -27,6 +27,7 @@ from machine import usable_cpus
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
 BAD_INPUT = 2  # exit code of a process that refuses what it was given
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # 1: torchrun opens a new store at each start, not one that knows dead addresses
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # names of the network interface that leads back to this machine
 
 
@@ -47,6 +48,10 @@ def under_torchrun() -> bool:
 def world_size(args) -> int:
     """Processes that train together, all machines counted."""
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else args.nproc
+
+
+def several_machines() -> bool:
+    return under_torchrun() and int(os.environ["LOCAL_WORLD_SIZE"]) < int(os.environ["WORLD_SIZE"])
 
 
 def print0(*words) -> None:
@@ -146,7 +151,10 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
             raise
         other = f"rank {1 - rank}" if world_size(args) == 2 else "that rank"
         reason = str(error).splitlines()[0][:150]
-        print(f"rank {rank}: another rank ended first, look above for {other} ({reason})", file=sys.stderr, flush=True)
+        said = f"another rank ended first, look above for {other}"
+        if "connectFullMesh" in reason and several_machines():
+            said += "; if all are alive, the machines cannot reach each other: README, Several machines"
+        print(f"rank {rank}: {said} ({reason})", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -167,9 +175,11 @@ def join_and_run(worker, args, rank: int, store: Path | None) -> None:
     timeout = timedelta(seconds=args.timeout_s)
     if store is None:
         place, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        if int(os.environ["LOCAL_WORLD_SIZE"]) == world:
+        if not several_machines():
             # torchrun on one machine keeps its store when it starts processes again: the addresses of the dead ones are still in it
             place = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", place)
+        elif rank == 0 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get(OWN_STORE) != "1":
+            print(f"hint: a machine that is lost cannot join again: set {OWN_STORE}=1 on all machines, before torchrun", file=sys.stderr)
     else:
         place, world = dist.FileStore(str(store), args.nproc), args.nproc
     dist.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=timeout)
