@@ -19,6 +19,7 @@ import io
 import json
 import multiprocessing
 import os
+import platform
 import random
 import re
 import signal
@@ -253,17 +254,21 @@ def atomic_path(path: Path):
 
     What a process left that was killed while it wrote is removed by the next one that writes the same file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    ours = f".{path.name}.{platform.node()}."  # the machine, because several may write to one disk
+    temporary = path.with_name(f"{ours}{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        move = f"set {'COURSE_RESULTS' if path.is_relative_to(RESULTS) else 'COURSE_DATA'} to a folder that you may write to"
+        variable = next(
+            (name for name, folder in {"COURSE_RESULTS": RESULTS, "COURSE_DATA": DATA}.items() if path.is_relative_to(folder)), None
+        )
+        move = f"set {variable} to a folder that you may write to" if variable else "name a file in a folder that you may write to"
         raise InputError(f"cannot write {display_path(path)} ({error.strerror}): {move}") from error
-    for left in path.parent.glob(f".{path.name}.*.part*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(f".{path.name}.").split(".")[0])):
+    for left in path.parent.glob(f"{ours}*.part*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(ours).split(".")[0])):
             left.unlink(missing_ok=True)
     try:
         yield temporary

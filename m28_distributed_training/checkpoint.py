@@ -5,6 +5,7 @@ not change on the way. It is written beside the old one and moved over it, so th
 process of each machine writes one; on resuming, the newest of all machines is sent to everybody: a machine that was away catches up.
 """
 
+import os
 import pickle
 import struct
 import sys
@@ -28,6 +29,18 @@ def add_checkpoint_flags(parser) -> None:
     parser.add_argument("-resume", action="store_true", help="go on from -checkpoint FILE where there is one, else begin")
 
 
+def check_place(file: Path) -> None:
+    """Raise InputError before the training where no checkpoint could be written."""
+    if file.is_dir():
+        raise InputError(f"-checkpoint {file} is a folder: give a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"-checkpoint {file}: its folder cannot be made ({error.strerror})") from error
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"-checkpoint {file}: its folder may not be written to")
+
+
 def save_checkpoint(file: Path, state: dict) -> bool:
     """Write `state` on the first process of each machine; False, and a warning, where the disk is full: the old file then stays."""
     if local_rank(dist.get_rank()):
@@ -48,15 +61,16 @@ def load_checkpoint(file: Path, settings: dict) -> dict | None:
     Called by all processes together. `settings` are those of this run: a state saved with others is refused, with the reason.
     """
     state = read_checkpoint(file)
-    steps = [None] * dist.get_world_size()
-    dist.all_gather_object(steps, -1 if state is None else -2 if isinstance(state, str) else state["step"])
-    newest = max(range(len(steps)), key=steps.__getitem__)
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, state["step"] if isinstance(state, dict) else state)  # a step, a complaint or None from each process
+    if not any(isinstance(step, int) for step in found):
+        if complaints := [complaint for complaint in found if complaint]:
+            raise InputError(complaints[0])
+        return None
+    newest = max(range(len(found)), key=lambda rank: found[rank] if isinstance(found[rank], int) else -1)
     box = [state if dist.get_rank() == newest else None]
     dist.broadcast_object_list(box, src=newest)
-    if isinstance(box[0], str):
-        raise InputError(box[0])
-    if box[0] is not None:
-        check_settings(file, box[0]["settings"], settings)
+    check_settings(file, box[0]["settings"], settings)
     return box[0]
 
 

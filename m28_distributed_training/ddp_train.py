@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
 from common import InputError, new_parser, parse, positive_int, print_table, save_results
-from m28_distributed_training.checkpoint import add_checkpoint_flags, load_checkpoint, save_checkpoint
+from m28_distributed_training.checkpoint import add_checkpoint_flags, check_place, load_checkpoint, save_checkpoint
 from m28_distributed_training.launch import add_launch_flags, launch, only_first_speaks, print0, world_size
 
 REPORT_EVERY = 10  # steps from one global loss to the next; SIGTERM is noticed then, too
@@ -212,6 +212,8 @@ def check(args) -> None:
         raise InputError("-max_restarts starts from a checkpoint: give -checkpoint FILE, too")
     if args.resume and not args.checkpoint:
         raise InputError("-resume goes on from a checkpoint: give -checkpoint FILE, too")
+    if args.checkpoint:
+        check_place(args.checkpoint)
 
 
 def share_micro_batches(args) -> int:

@@ -116,7 +116,8 @@ def watch(ranks: list):
         failed = [process for process in ended if process.exitcode]
         if failed:
             wait_for_all(list(running), seconds=2)  # those that lost their peer notice it now
-            return min(failed, key=lambda process: process.exitcode)  # a signal before an exit code: that one did not end by itself
+            # a signal comes first, that one did not end by itself; then bad input, which explains what the others say
+            return min(failed, key=lambda process: (process.exitcode > 0, process.exitcode != BAD_INPUT))
     return None
 
 

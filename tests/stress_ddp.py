@@ -81,7 +81,7 @@ def kill_one(run: Run, file: Path, while_writing: bool, rng: random.Random) -> i
     while while_writing and run.process.poll() is None:
         if parts := list(file.parent.glob(f".{file.name}.*.part*")):  # named after the process that writes it
             target = run.step
-            os.kill(int(parts[0].name.removeprefix(f".{file.name}.").split(".")[0]), 9)
+            os.kill(int(re.search(r"\.(\d+)\.part", parts[0].name)[1]), 9)
             return target
     target = run.step
     rng.choice(run.ranks()).kill()

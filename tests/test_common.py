@@ -151,6 +151,9 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
     ):
         pass
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    with pytest.raises(common.InputError, match="name a file in a folder"), common.atomic_path(tmp_path / "file" / "a.rgb"):
+        pass
+    monkeypatch.setattr(common, "DATA", tmp_path / "file")
     with pytest.raises(common.InputError, match="set COURSE_DATA"), common.atomic_path(tmp_path / "file" / "a.rgb"):
         pass
 

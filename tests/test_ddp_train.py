@@ -407,6 +407,8 @@ def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
         (["-nproc", "2", "-accumulate", "3"], r"6 equal micro-batches \(2 processes x -accumulate 3\): give a multiple of 6"),
         (["-nproc", "200"], "give a multiple of 200"),
         (["-resume"], "-resume goes on from a checkpoint: give -checkpoint FILE, too"),
+        (["-checkpoint", "."], "-checkpoint . is a folder: give a file"),
+        (["-checkpoint", f"{__file__}/run.pt"], "its folder cannot be made"),
         (["-max_restarts", "1"], "-max_restarts starts from a checkpoint: give -checkpoint FILE, too"),
     ],
 )
@@ -415,7 +417,6 @@ def test_what_cannot_work_is_refused_before_a_process_starts(flags, said):
         ddp_train.check(arguments(*flags))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_what_all_ranks_refuse_is_said_once(run_script):
     done = run_script(SCRIPT, *FLAGS, "-backend", "nccl")
