@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -24,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
 from common import (
     InputError,
-    measure_alternately,
     new_parser,
     non_negative_int,
     parse,
@@ -33,10 +31,8 @@ from common import (
     save_figure,
     save_results,
 )
+from m28_distributed_training.dp_timing import plot_steps, time_on_gpus
 from m28_distributed_training.traffic import dp_bytes, parameter_bytes, plot_traffic, traffic_table
-
-STAGES = ("scatter", "replicate", "parallel_apply", "gather")
-
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -142,79 +138,6 @@ def sizes(network: nn.Module, images: torch.Tensor) -> tuple[int, int, int, int]
         return parameter_bytes(network), buffers, images.nbytes, network(images).nbytes
 
 
-# ---- with GPUs: timed ------------------------------------------------------------------------------------------------
-
-
-class TimedDataParallel(nn.DataParallel):
-    """DataParallel whose four stages are timed with CUDA events on device 0: `seconds` {stage: ms of the last call}."""
-
-    def timed(self, stage: str, *args):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        result = getattr(super(), stage)(*args)
-        end.record()
-        for device in self.device_ids:
-            torch.cuda.synchronize(device)
-        self.stage_ms = {**getattr(self, "stage_ms", {}), stage: begin.elapsed_time(end)}
-        return result
-
-    def scatter(self, *args):
-        return self.timed("scatter", *args)
-
-    def replicate(self, *args):
-        return self.timed("replicate", *args)
-
-    def parallel_apply(self, *args):
-        return self.timed("parallel_apply", *args)
-
-    def gather(self, *args):
-        return self.timed("gather", *args)
-
-
-def time_on_gpus(args, data: dict) -> list[dict]:
-    """Forward and training step of one device and of DataParallel, alternately, over batch sizes; stages, peak memory by GPU."""
-    network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
-    models = {"one device": network, "DataParallel": nn.DataParallel(network, device_ids=args.device_ids)}
-    timed, rows = TimedDataParallel(network, device_ids=args.device_ids), []
-    for batch_size in (args.batch_size // 4, args.batch_size, args.batch_size * 4):
-        images = normalize(data["train"].images[torch.arange(batch_size) % len(data["train"])].to(args.device))
-        labels = data["train"].labels[torch.arange(batch_size) % len(data["train"])].to(args.device)
-
-        def step(model, images=images, labels=labels):
-            nn.functional.cross_entropy(model(images), labels).backward()
-            network.zero_grad()
-
-        with torch.inference_mode():
-            difference = (models["one device"](images) - models["DataParallel"](images)).abs().max().item()
-            forward = measure_alternately(
-                {name: lambda model=model, images=images: model(images) for name, model in models.items()}, args.device
-            )
-        for index in args.device_ids:
-            torch.cuda.reset_peak_memory_stats(index)
-        steps = measure_alternately({name: lambda model=model: step(model) for name, model in models.items()}, args.device)
-        peaks = [torch.cuda.max_memory_allocated(index) / 1e6 for index in args.device_ids]
-        timed(images)
-        for name in models:
-            row = {"measured": name, "devices": 1 if name == "one device" else len(args.device_ids), "batch": batch_size}
-            row |= {"forward_ms": forward[name].median_ms, "step_ms": steps[name].median_ms, "step_sd_ms": steps[name].sd_ms}
-            rows.append(row | {"ratio": steps["one device"].median_ms / steps[name].median_ms, "output_difference": difference})
-        rows[-1] |= {f"{stage}_ms": timed.stage_ms[stage] for stage in STAGES if stage in timed.stage_ms} | {"peak_mb_by_gpu": peaks}
-    return rows
-
-
-def plot_steps(rows: list[dict]) -> plt.Figure:
-    """Time of a training step over the batch size, one device against DataParallel, one sd as bar."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name in dict.fromkeys(row["measured"] for row in rows):
-        mine = [row for row in rows if row["measured"] == name]
-        sizes = [row["batch"] for row in mine]
-        axes.errorbar(sizes, [row["step_ms"] for row in mine], [row["step_sd_ms"] for row in mine], marker="o", capsize=4, label=name)
-    axes.set(xlabel="batch size", ylabel="ms a training step", xscale="log", yscale="log")
-    axes.legend()
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    return figure
-
-
 def main(args) -> list[dict]:
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0
     if absent := [index for index in args.device_ids or [] if index >= gpus]:
@@ -222,14 +145,14 @@ def main(args) -> list[dict]:
     args.device_ids = (args.device_ids or list(range(gpus))) if gpus else None
     if gpus:
         args.device = torch.device("cuda", args.device_ids[0])
-    if args.devices > args.batch_size or args.batch_size % args.devices:
+    if args.batch_size % args.devices:
         raise InputError(f"-devices {args.devices} does not divide -batch_size {args.batch_size}: every device takes an equal part")
     args.steps = min(args.steps, 8) if args.quick else args.steps
     data = load_cifar10(args.data, args.batch_size)
     rows = [train(args, data)]
     print_table(rows)
     if gpus:
-        timed = time_on_gpus(args, data)
+        timed = time_on_gpus(args, data["train"])
         print_table([{key: value for key, value in row.items() if key != "peak_mb_by_gpu"} for row in timed])
         print(f"peak memory by GPU at the largest batch, MB: {', '.join(f'{peak:,.0f}' for peak in timed[-1]['peak_mb_by_gpu'])}")
         if gpus == 1 or len(args.device_ids) == 1:

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from common import InputError
-from m29_inference import architectures
+from m29_inference import architectures, architectures_report
 
 CPU = torch.device("cpu")
 SCRIPT = "m29_inference/architectures.py"
@@ -55,10 +55,12 @@ def test_the_front_and_the_advice():
         {"model": name, "latency_ms": ms, "accuracy_published": accuracy}
         for name, ms, accuracy in [("slow", 50.0, 0.8), ("beaten", 20.0, 0.6), ("fast", 10.0, 0.7)]
     ]
-    assert [row["model"] for row in architectures.pareto(rows)] == ["fast", "slow"]
-    assert "take fast" in architectures.advise(rows, 30) and "slow is more accurate and needs 50.0 ms" in architectures.advise(rows, 30)
-    assert "take slow" in architectures.advise(rows, 60) and "the most accurate of all" in architectures.advise(rows, 60)
-    assert architectures.advise(rows, 5).startswith("No network here needs at most 5 ms; the fastest, fast")
+    assert [row["model"] for row in architectures_report.pareto(rows)] == ["fast", "slow"]
+    assert "take fast" in architectures_report.advise(
+        rows, 30
+    ) and "slow is more accurate and needs 50.0 ms" in architectures_report.advise(rows, 30)
+    assert "take slow" in architectures_report.advise(rows, 60) and "the most accurate of all" in architectures_report.advise(rows, 60)
+    assert architectures_report.advise(rows, 5).startswith("No network here needs at most 5 ms; the fastest, fast")
 
 
 def test_a_batch_too_large_for_the_memory_is_made_smaller(monkeypatch, capsys):

@@ -1,0 +1,69 @@
+"""What architectures.py draws and advises from its rows."""
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
+
+
+def pareto(rows: list[dict]) -> list[dict]:
+    """The rows that no other row beats in both latency and accuracy, fastest first."""
+    front, best = [], -1.0
+    for row in sorted(rows, key=lambda row: (row["latency_ms"], -row["accuracy_published"])):
+        if row["accuracy_published"] > best:
+            front.append(row)
+            best = row["accuracy_published"]
+    return front
+
+
+def plot_accuracy(rows: list[dict]) -> plt.Figure:
+    """Published accuracy over latency at the smallest batch; the area of a bubble is the number of parameters."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    front = pareto(rows)
+    axes.plot([row["latency_ms"] for row in front], [row["accuracy_published"] for row in front], "--", color="grey", label="Pareto front")
+    for row in rows:
+        axes.scatter(row["latency_ms"], row["accuracy_published"], s=row["parameters"] / 4e4, alpha=0.5)
+        text = f"{row['model']}\n{row['parameters'] / 1e6:.1f} M"
+        axes.annotate(text, (row["latency_ms"], row["accuracy_published"]), fontsize=8, ha="center", va="center")
+    axes.set(xlabel=f"ms at batch {rows[0]['batch']}", ylabel="ImageNet top-1 accuracy, as published")
+    axes.margins(0.2)
+    axes.legend(fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure
+
+
+def plot_rates(rows: list[dict], what: str, ceiling: float) -> plt.Figure:
+    """Latency over MACs, both logarithmic, with lines of constant GMAC/s: a network far above the ceiling's line waits for memory."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    macs = [min(row["gmacs"] for row in rows) / 2, max(row["gmacs"] for row in rows) * 4]  # room for the names
+    for share in (1, 0.5, 0.25, 0.1, 0.05):
+        rate = ceiling * share
+        name = f"{rate:,.0f} GMAC/s" + (f", {what}" if share == 1 else "")
+        axes.plot(macs, [count / rate * 1e3 for count in macs], color="tab:red" if share == 1 else "lightgrey", linewidth=1)
+        axes.annotate(name, (macs[1], macs[1] / rate * 1e3), fontsize=7, color="grey", ha="right", va="bottom")
+    for row in rows:
+        axes.plot(row["gmacs"], row["latency_ms"], "o")
+        axes.annotate(f" {row['model']}, {row['gmacs_per_s']:,.0f} GMAC/s", (row["gmacs"], row["latency_ms"]), fontsize=8, va="top")
+    axes.set(xlabel="GMACs an image", ylabel=f"ms at batch {rows[0]['batch']}", xscale="log", yscale="log", xlim=macs)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure
+
+
+def advise(rows: list[dict], budget_ms: float) -> str:
+    """Which network to take for a latency budget, and why."""
+    fitting = [row for row in rows if row["latency_ms"] <= budget_ms]
+    if not fitting:
+        fastest = min(rows, key=lambda row: row["latency_ms"])
+        return f"No network here needs at most {budget_ms:g} ms; the fastest, {fastest['model']}, takes {fastest['latency_ms']:.1f} ms."
+    best = max(fitting, key=lambda row: row["accuracy_published"])
+    text = (
+        f"For {budget_ms:g} ms take {best['model']}: {best['accuracy_published']:.1%} published accuracy in {best['latency_ms']:.1f} ms, "
+    )
+    better = [row for row in rows if row["accuracy_published"] > best["accuracy_published"]]
+    if better:
+        return (
+            text + f"the best of {len(fitting)} that fit; {better[0]['model']} is more accurate and needs {better[0]['latency_ms']:.1f} ms."
+        )
+    return text + "the most accurate of all, and it fits."
