@@ -42,7 +42,8 @@ def add_launch_flags(parser) -> None:
 
 
 def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+    """Whether torchrun, or a job system that sets the same variables, has started this process as one of many."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def world_size(args) -> int:
@@ -51,7 +52,7 @@ def world_size(args) -> int:
 
 
 def several_machines() -> bool:
-    return under_torchrun() and int(os.environ["LOCAL_WORLD_SIZE"]) < int(os.environ["WORLD_SIZE"])
+    return under_torchrun() and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < int(os.environ["WORLD_SIZE"])
 
 
 def print0(*words) -> None:
@@ -131,7 +132,7 @@ def wait_for_all(sentinels: list, seconds: float) -> None:
 
 def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
     """Join the group, run worker(args), leave the group. What ends it is said in a sentence; exit code 1, for bad input 2."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))  # processes on this machine
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if under_torchrun() else args.nproc))  # processes on this machine
     args.num_threads = args.num_threads or max(1, usable_cpus() // here)
     torch.set_num_threads(args.num_threads)
     seed_everything(args.seed)
@@ -175,7 +176,7 @@ def join_and_run(worker, args, rank: int, store: Path | None) -> None:
         torch.cuda.set_device(args.device)
     timeout = timedelta(seconds=args.timeout_s)
     if store is None:
-        place, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        place, rank, world = meet(timeout)
         if not several_machines():
             # torchrun on one machine keeps its store when it starts processes again: the addresses of the dead ones are still in it
             place = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", place)
@@ -188,6 +189,19 @@ def join_and_run(worker, args, rank: int, store: Path | None) -> None:
         worker(args)
     finally:
         dist.destroy_process_group()
+
+
+def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store that torchrun's variables name, this process's rank and the number of processes."""
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except ValueError as error:  # a variable is missing
+        raise InputError(f"{str(error).rpartition(': ')[2]}: start the processes with torchrun, which sets it") from error
+    except dist.DistNetworkError as error:
+        if "failed to listen" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise InputError(f"port {port} is in use by another program: give torchrun another one, --master-port {int(port) + 1}") from error
 
 
 def end_with_parent() -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -423,3 +424,11 @@ def test_what_all_ranks_refuse_is_said_once(run_script):
     assert done.returncode == 1
     assert done.stderr.startswith("error: -backend nccl needs CUDA devices and a torch built with nccl, which are not here")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("taken", "said"), [(True, "is in use by another program: give torchrun another one"), (False, "MASTER_PORT")])
+def test_a_port_in_use_or_none_at_all_is_said(run_script, taken, said):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = {"MASTER_PORT": str(server.getsockname()[1])} if taken else {}
+        done = run_script(SCRIPT, *FLAGS, RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", **port)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
