@@ -29,6 +29,7 @@ m28: $(READY)
 m29: $(READY)
 	$(RUN) m29_inference/architectures.py -quick
 	$(RUN) m29_inference/quantize.py -quick
+	$(RUN) m29_inference/quantize.py -quick -model student
 
 test: $(READY)
 	$(RUN) -m pytest

@@ -39,6 +39,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitem__(self, part: slice) -> "Images":
+        return Images(self.images[part], self.labels[part], self.classes, self.name)
+
 
 # ---- where the images come from --------------------------------------------------------------------------------------
 

@@ -196,6 +196,13 @@ def cpu_name() -> str:
     return name or platform.processor() or platform.machine()
 
 
+def cpu_has(feature: str) -> bool:
+    """Whether the processor has these instructions, avx512_bf16 for example; False where torch is too old to tell."""
+    import torch
+
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get(feature, False))
+
+
 def machine_facts(device: torch.device) -> dict:
     """What a reader needs to judge a figure: processor, cores, memory, operating system, accelerator."""
     return {

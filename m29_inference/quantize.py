@@ -3,6 +3,9 @@
     python m29_inference/quantize.py                       scale, zero point, error, saturation, bits, channels, sums; two figures
     python m29_inference/quantize.py -bits 4               the same with 16 levels
     python m29_inference/quantize.py -clip 0.99            a range that leaves out the rarest 1 % of the values
+    python m29_inference/quantize.py -model student        a whole network, trained first: latency, size, accuracy of int8 and floats
+    python m29_inference/quantize.py -model resnet18       one of torchvision's; vit_b_16 for a network of linear layers
+    python m29_inference/quantize.py -model student -layers        which layer costs most
 
 A real number x is kept as a whole number q of few bits: q = clamp(round(x / scale) + zero_point), and comes back as (q - zero_point) *
 scale. The scale is the distance of two neighbouring levels, the zero point the level that stands for 0 exactly. Inside the range the
@@ -19,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import InputError, new_parser, parse, positive_int, print_table, save_figure, save_results
+from machine import usable_cpus
 
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
 
@@ -187,6 +191,25 @@ if __name__ == "__main__":
     flag = parser.add_argument
     flag("-bits", type=positive_int, choices=range(2, 9), metavar="2..8", default=8, help="bits a number (default: 8)")
     flag("-clip", type=float, default=1.0, help="share of the values that the range holds, the others saturate (default: 1.0)")
+    flag("-model", help="convert a whole network: student (trained here), or a name of torchvision's")
+    flag("-layers", action="store_true", help="with -model: keep one layer at a time in float32")
+    flag("-batch_sizes", type=positive_int, nargs="+", default=[1, 32], help="with -model: images at a time (default: 1 32)")
+    flag("-threads", type=positive_int, nargs="+", default=sorted({1, usable_cpus()}), help="with -model: threads (default: 1 and all)")
+    flag("-calibration", type=positive_int, default=320, help="with -model: images that set the scales (default: 320)")
+    flag("-pretrained", action="store_true", help="with -model: download torchvision's weights; changes no latency")
+    flag("-data", help="for the student: folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
+    flag("-epochs", type=positive_int, default=8, help="for the student: passes over the training images (default: 8)")
+    flag("-save", type=Path, help="with -model: keep the int8 network in this file")
+    flag("-load", type=Path, help="with -model: take the int8 network from this file instead of converting")
+    flag("-peers", action="store_true", help="with -model: also ONNX Runtime and OpenVINO, where they are installed")
     args = parse(parser)
-    rows = main(args)
+    if (args.layers or args.save or args.load) and not args.model:
+        parser.error("-layers, -save and -load are about a whole network: give -model, too")
+    run = main
+    if args.model:
+        from m29_inference.quantize_layers import sensitivity  # which imports this file
+        from m29_inference.quantize_model import compare
+
+        run = sensitivity if args.layers else compare
+    rows = run(args)
     save_results(__file__, args, rows)

@@ -1,0 +1,180 @@
+"""Turn a trained network into one that computes with int8, compile it, and keep it as one file.
+
+Three steps, each of which is a program that works on a graph of operations. torch.export records the network's graph. torchao watches
+some batches run through it, chooses a scale and a zero point for every tensor, and writes quantize and dequantize into the graph.
+PyTorch's compiler finds these around a convolution or a linear layer and replaces the group by one int8 operation. Without the
+third step nothing is gained: quantize, dequantize and a float convolution take longer than the convolution alone.
+
+What torchao keeps in a file is the graph, small and for any machine. What AOTInductor writes is machine code with the weights inside:
+it needs neither torchao nor a compiler to run, but fits this kind of CPU, this batch size and this number of threads.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import logging
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common import InputError, atomic_path
+
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+SMALLEST_SCALE = 2**-60  # torchao's own 2**-12 is coarser than the activations of some networks, mobilenet_v3 for one
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, without which PyTorch's compiler makes no CPU code."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl"))
+
+
+def quiet() -> contextlib.ExitStack:
+    """Without the warnings of libraries about their own plans; a learner can do nothing about them."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(warnings.catch_warnings(action="ignore"))
+    for name in ("torchao", "torch.export", "torch._inductor", "torch.utils._pytree", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return stack
+
+
+# ---- from float to int8 ----------------------------------------------------------------------------------------------
+
+
+def int8_recipe(keep_float: tuple[str, ...] = ()):
+    """torchao's quantizer for x86 CPUs: a scale for each channel of a weight, one for each activation, both from what was observed.
+
+    keep_float: names of layers that stay float32.
+    """
+    try:
+        with quiet():
+            from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    except ImportError as error:
+        raise InputError(f"torchao is missing ({error}): pip install -r requirements.txt") from error
+    config = x86.get_default_x86_inductor_quantization_config()
+    for part in ("input_activation", "weight"):
+        spec = getattr(config, part)
+        observer = spec.observer_or_fake_quant_ctr
+        finer = functools.partial(observer.p.func, **{**observer.p.keywords, "eps": SMALLEST_SCALE})
+        config = dataclasses.replace(config, **{part: dataclasses.replace(spec, observer_or_fake_quant_ctr=type(observer)(finer))})
+    quantizer = x86.X86InductorQuantizer().set_global(config)
+    for name in keep_float:
+        quantizer.set_module_name_qconfig(name, None)
+    return quantizer
+
+
+def export_network(network: nn.Module, images: torch.Tensor, any_batch: bool = True) -> torch.export.ExportedProgram:
+    """The graph of `network` in eval mode; InputError where it cannot be recorded."""
+    try:
+        # strict: the graph of a residual network that the default mode records cannot be quantized
+        return torch.export.export(network, (images,), strict=True, dynamic_shapes=ANY_BATCH if any_batch else None)
+    except Exception as error:  # of torch.export's many kinds
+        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{type(network).__name__} cannot be exported as one graph, so it cannot be quantized this way ({reason})"
+        ) from error
+
+
+def quantize_network(network: nn.Module, calibration: list[torch.Tensor], keep_float: tuple[str, ...] = ()) -> torch.fx.GraphModule:
+    """The int8 graph of `network`, for any batch size; the batches of `calibration`, (n, 3, height, width), set the scales."""
+    recipe = int8_recipe(keep_float)
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    with quiet(), torch.no_grad():
+        observed = prepare_pt2e(export_network(copy.deepcopy(network).eval(), calibration[0]).module(), recipe)
+        for images in tqdm(calibration, "calibrating", unit="batch", leave=False):
+            observed(images)
+        return drop_unused(convert_pt2e(norms_to_products(observed)))
+
+
+def norms_to_products(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Write each batch normalization as x * scale + shift, a pair a channel, which is what it computes in eval mode.
+
+    Those behind a convolution are part of its weights by now; this is for the others. convert_pt2e would look for them for 15 s.
+    """
+    held = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    for node in [node for node in graph.graph.nodes if node.target == torch.ops.aten.batch_norm.default]:
+        x, epsilon = node.args[0], node.args[7]
+        weight, bias, mean, variance = (held[source.target].detach() for source in node.args[1:5])
+        scale = weight / torch.sqrt(variance + epsilon)
+        for operation, value in {torch.ops.aten.mul.Tensor: scale, torch.ops.aten.add.Tensor: bias - mean * scale}.items():
+            name = f"{node.name}_{operation.overloadpacket.__name__}"
+            graph.register_buffer(name, value.view(-1, *[1] * (node.meta["val"].ndim - 2)))
+            with graph.graph.inserting_before(node):
+                x = graph.graph.call_function(operation, (x, graph.graph.get_attr(name)))
+            x.meta = dict(node.meta)
+        node.replace_all_uses_with(x)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def drop_unused(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Delete the float weights that the int8 graph no longer reads: they would be four fifths of the file."""
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*graph.named_parameters(), *graph.named_buffers()]:
+        if name not in used:
+            owner, _, attribute = name.rpartition(".")
+            delattr(graph.get_submodule(owner), attribute)
+    return graph
+
+
+# ---- machine code ----------------------------------------------------------------------------------------------------
+
+
+def compile_to_file(network: nn.Module, images: torch.Tensor, file: Path) -> Path:
+    """Compile for batches of this very size and for the number of threads set now; returns the file."""
+    with quiet(), torch.no_grad():
+        exported = export_network(network, images, any_batch=False)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs={"freezing": True})
+    return file
+
+
+def load_compiled(file: Path):
+    """The network in `file`, a function of a batch."""
+    return torch._inductor.aoti_load_package(str(file))
+
+
+def int8_calls(file: Path) -> int:
+    """Calls of int8 convolutions and linear layers in the C++ that the compiler wrote; 0 would mean that all is float after all."""
+    with zipfile.ZipFile(file) as package:
+        sources = [package.read(name).decode(errors="replace") for name in package.namelist() if name.endswith("wrapper.cpp")]
+    return sum(len(re.findall(r"aoti_torch_cpu__q(?:conv|linear)\w*\(", source)) for source in sources)
+
+
+# ---- the file that goes to other machines ----------------------------------------------------------------------------
+
+
+def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path) -> Path:
+    """Keep the int8 network itself, for any batch size and any machine: to be compiled there."""
+    with quiet(), torch.no_grad(), atomic_path(file) as temporary:
+        exported = export_network(graph, images)
+        exported.example_inputs = None  # they would go into the file
+        for node in exported.graph.nodes:
+            for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):  # where it came from
+                node.meta.pop(note, None)
+        torch.export.save(exported, temporary)
+    return file
+
+
+def load_graph(file: Path) -> nn.Module:
+    """What save_graph kept; InputError where the file is none of its."""
+    # The imports make the graph's operations known. Without the second the compiler finds no int8 pattern, silently.
+    with quiet():
+        import torchao
+        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        with quiet():
+            return torch.export.load(file).module()
+    except Exception as error:  # zipfile's, json's and torch's own
+        raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error

@@ -1,0 +1,46 @@
+"""What `quantize.py -model NAME -layers` does: find the layers that int8 costs most, by keeping one at a time in float32."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import normalize
+from common import print_table, save_figure
+from m29_inference import quantize
+from m29_inference.int8 import quantize_network
+from m29_inference.quantize_linear import with_plain_attention
+from m29_inference.quantize_model import load_network, relative
+from m29_inference.quantize_report import plot_layers
+
+CALIBRATION, HELD_OUT = 64, 1000  # images; the graphs are not compiled here, so they are slow
+
+
+def sensitivity(args) -> list[dict]:
+    """A row for all layers in int8 and one for each layer kept in float32: error of the logits, answers that agree, accuracy."""
+    network, calibration, data = load_network(args)
+    network, calibration = with_plain_attention(network), list(torch.cat(calibration)[:CALIBRATION].split(32))
+    images = normalize(data["test"].images[: 32 if args.quick else HELD_OUT]) if data else torch.randn_like(calibration[0])
+    labels = data["test"].labels[: len(images)] if data else None
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    with torch.inference_mode():
+        logits = network(images)
+    rows = []
+    for kept in tqdm([None, *(layers[:2] if args.quick else layers)], "layers"):
+        int8 = quantize_network(network, calibration, (kept,) if kept else ())
+        with torch.inference_mode():
+            ours = int8(images)
+        row = {"measured": "layer", "kept_float32": kept or "none", "error": relative(ours, logits)}
+        row |= {"same_class": (ours.argmax(1) == logits.argmax(1)).double().mean().item()}
+        rows.append(row | {"accuracy": (ours.argmax(1) == labels).double().mean().item() if data else None})
+    print_table(
+        [{key: value for key, value in row.items() if key != "measured"} for row in [rows[0], *sorted(rows[1:], key=lambda r: r["error"])]]
+    )
+    best = min(rows[1:], key=lambda row: row["error"])
+    saved = 1 - best["error"] / rows[0]["error"]
+    print(f"kept in float32, {best['kept_float32']} takes away {saved:.0%} of the error of the logits; any other layer less")
+    save_figure(plot_layers(rows, "relative error of the logits"), quantize.__file__, "layers", args, f"{len(images)} images")
+    return rows

@@ -1,0 +1,72 @@
+"""Other runtimes' int8, for comparison: ONNX Runtime and OpenVINO, each tuned as its documentation says (requirements-peers.txt).
+
+Both get the same network, the same images to calibrate with and the same number of threads. ONNX Runtime: quantize and dequantize
+in the graph, a scale a channel for weights, after its own shape inference and simplification. OpenVINO: NNCF's default algorithm,
+which corrects biases as well, latency hint. A peer that is missing is named and left out.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from m29_inference.int8 import ANY_BATCH, quiet
+
+
+def convert_for_peers(network: nn.Module, calibration: list[torch.Tensor], folder: Path) -> dict:
+    """{name: function of (images, threads) that loads the converted network for this batch size}, of the peers that are installed."""
+    found = {}
+    for name, convert in {"int8, ONNX Runtime": onnx_runtime, "int8, OpenVINO": openvino}.items():
+        try:
+            with quiet(), contextlib.redirect_stdout(io.StringIO()):
+                found[name] = convert(network, calibration, folder)
+        except ImportError as error:
+            print(f"{name} is left out: {error.name or error} is not installed (requirements-peers.txt)")
+    return found
+
+
+def onnx_runtime(network: nn.Module, calibration: list[torch.Tensor], folder: Path):
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        batches = iter(calibration)
+
+        def get_next(self) -> dict | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    exported, prepared, quantized = (str(folder / f"{name}.onnx") for name in ("float", "prepared", "int8"))
+    torch.onnx.export(network, (calibration[0],), exported, input_names=["images"], dynamic_shapes=ANY_BATCH, dynamo=True, verbose=False)
+    quant_pre_process(exported, prepared)
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(prepared, quantized, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **types)
+
+    def load(images: torch.Tensor, threads: int):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
+        return lambda: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return load
+
+
+def openvino(network: nn.Module, calibration: list[torch.Tensor], folder: Path):
+    import nncf
+    import openvino
+
+    nncf.set_log_level("ERROR")
+    model = openvino.convert_model(network, example_input=calibration[0], input=[-1, *calibration[0].shape[1:]])
+    quantized = nncf.quantize(model, nncf.Dataset(calibration, lambda batch: batch.numpy()), subset_size=len(calibration))
+
+    def load(images: torch.Tensor, threads: int):
+        fixed = quantized.clone()
+        fixed.reshape(list(images.shape))
+        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        compiled = openvino.Core().compile_model(fixed, "CPU", options)
+        return lambda: torch.from_numpy(compiled(images.numpy())[0])
+
+    return load

@@ -1,0 +1,279 @@
+"""quantize.py -model: int8 graphs against float, their files, compiled code, attention in plain linear layers, and bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cifar10 import ConvNet, Images
+from common import InputError
+from m29_inference import int8, quantize_report, student
+from m29_inference.quantize_linear import PlainAttention, dynamic_int8, with_plain_attention
+from m29_inference.quantize_model import compiled, find_variants, load_converted, load_network, relative
+from machine import cpu_has
+
+SCRIPT = "m29_inference/quantize.py"
+needs_compiler = pytest.mark.skipif(not int8.has_compiler(), reason="there is no C++ compiler")
+
+
+def batches(n: int = 2) -> list[torch.Tensor]:
+    return list(torch.randn(32 * n, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(32))
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return ConvNet((16, 16, 32), "batch").eval()
+
+
+@pytest.fixture(scope="module")
+def graph(network):
+    return int8.quantize_network(network, batches())
+
+
+def test_int8_is_close_to_float_and_a_quarter_of_its_weights(network, graph):
+    images = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(1))  # not those that set the scales, another batch size
+    with torch.inference_mode():
+        ours, theirs = graph(images), network(images)
+    assert 0 < relative(ours, theirs) < 0.05
+    weights = sum(parameter.numel() for name, parameter in network.named_parameters() if parameter.ndim > 1)
+    kept = [tensor for _, tensor in [*graph.named_parameters(), *graph.named_buffers()]]
+    assert sum(tensor.numel() for tensor in kept if tensor.dtype == torch.int8) == weights
+    assert not any(tensor.ndim in (2, 4) for tensor in kept if tensor.dtype == torch.float32)  # no weight is kept in float as well
+
+
+def test_scales_are_as_fine_as_small_activations_need():
+    torch.manual_seed(0)
+    tiny = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    with torch.no_grad():
+        tiny[0].weight *= 1e-4  # activations of 1e-4: torchao's smallest scale, 2**-12, would round them all to 0
+        tiny[0].bias *= 1e-4
+        for layer in (tiny[2], tiny[4]):
+            layer.bias.zero_()
+    with torch.inference_mode():
+        assert relative(int8.quantize_network(tiny, batches())(batches()[0]), tiny(batches()[0])) < 0.05
+
+
+def test_a_normalization_that_is_not_behind_a_convolution_stays_what_it_was():
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.Flatten(), nn.BatchNorm1d(8 * 15 * 15)).eval()
+    for norm in (alone[2], alone[4]):
+        for values in (norm.running_mean, norm.weight.data, norm.bias.data):
+            values.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    images = batches()[0]
+    with torch.no_grad():
+        exported = int8.export_network(alone, images).module()
+        assert torch.allclose(int8.norms_to_products(exported)(images), alone(images), atol=1e-5)
+    assert not any("batch_norm" in str(node.target) for node in exported.graph.nodes if node.op == "call_function")
+
+
+def test_a_layer_that_is_kept_stays_float(network):
+    graph = int8.quantize_network(network, batches(), ("stages.1.conv1",))
+    shapes = {tuple(tensor.shape) for _, tensor in graph.named_parameters() if tensor.dtype == torch.float32}
+    assert tuple(network.stages[1].conv1.weight.shape) in shapes
+
+
+def test_what_is_saved_comes_back_bit_for_bit(graph, tmp_path):
+    file = int8.save_graph(graph, batches()[0], tmp_path / "net.pt2")
+    with torch.inference_mode():
+        assert torch.equal(int8.load_graph(file)(batches()[1][:7]), graph(batches()[1][:7]))
+    assert list(tmp_path.iterdir()) == [file] and file.stat().st_size < 150_000  # no example images, no source lines
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "no such file"), (b"", "damaged"), (b"PK\3\4 and then nothing", "damaged")])
+def test_a_file_that_is_none_is_refused(content, said, tmp_path):
+    file = tmp_path / "net.pt2"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        int8.load_graph(file)
+
+
+@needs_compiler
+def test_compiled_code_runs_int8_operations_and_needs_no_torchao(graph, tmp_path):
+    images = batches()[0]
+    loaded = int8.load_graph(int8.save_graph(graph, images, tmp_path / "graph.pt2"))
+    file = int8.compile_to_file(loaded, images, tmp_path / "net.pt2")
+    assert int8.int8_calls(file) == 7  # six convolutions and the linear layer
+    with torch.inference_mode():
+        ours = int8.load_compiled(file)(images)
+        assert relative(ours, graph(images)) < 0.02
+    torch.save({"images": images, "ours": ours}, tmp_path / "expected.pt")
+    elsewhere = f"""
+import sys, torch
+sys.modules["torchao"] = None  # as if it were not installed
+kept = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+torch.set_num_threads({torch.get_num_threads()})
+assert torch.equal(torch._inductor.aoti_load_package({str(file)!r})(kept["images"]), kept["ours"])
+"""
+    subprocess.run([sys.executable, "-c", elsewhere], check=True, timeout=120)
+
+
+@needs_compiler
+def test_torch_compile_is_the_second_way(network, graph, tmp_path):
+    variants = find_variants(network, graph, quick=False)
+    assert list(variants)[-2:] == ["int8", "int8, torch.compile"]
+    function, _ = compiled("int8, torch.compile", graph, batches()[0], tmp_path)
+    with torch.inference_mode():
+        assert relative(function(batches()[0]), graph(batches()[0])) < 0.02
+        if cpu_has("avx512_bf16"):
+            assert relative(variants["compiled bfloat16"](batches()[0]), network(batches()[0])) < 0.03
+
+
+@needs_compiler
+def test_float_code_has_no_int8_operations(network, tmp_path):
+    assert int8.int8_calls(int8.compile_to_file(network, batches()[0], tmp_path / "net.pt2")) == 0
+
+
+def test_attention_in_plain_layers_computes_the_same():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 9, 32)
+    with torch.inference_mode():
+        assert torch.allclose(PlainAttention(attention)(x, x, x)[0], attention(x, x, x, need_weights=False)[0], atol=1e-6)
+
+
+def test_dynamic_int8_reaches_every_linear_layer_of_plain_attention():
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"attention": nn.MultiheadAttention(64, 4, batch_first=True), "mlp": nn.Linear(64, 64)})
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return self.layers["mlp"](x + self.layers["attention"](x, x, x, need_weights=False)[0])
+
+    block, x = Block().eval(), torch.randn(2, 9, 64)
+    quantized = dynamic_int8(with_plain_attention(block))
+    kinds = [type(module.weight).__name__ for module in quantized.modules() if isinstance(module, nn.Linear)]
+    assert len(kinds) == 3 and all(kind != "Parameter" for kind in kinds)
+    with torch.inference_mode():
+        assert 0 < relative(quantized(x), block(x)) < 0.05
+    assert with_plain_attention(ConvNet((8, 8, 8), "batch")).__class__ is ConvNet
+
+
+class Undecided(nn.Module):
+    """Which operations run depends on the numbers: not one graph."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images * 2 if images.sum() > 0 else images
+
+
+def test_a_network_that_is_not_one_graph_is_refused():
+    with pytest.raises(InputError, match="cannot be exported as one graph"):
+        int8.quantize_network(Undecided(), batches())
+
+
+def test_without_torchao_a_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e.quantizer", None)
+    with pytest.raises(InputError, match="torchao is missing"):
+        int8.int8_recipe()
+
+
+@needs_compiler
+def test_the_run_of_a_learner(run_script, results, tmp_path):
+    kept = tmp_path / "student.pt2"
+    done = run_script(SCRIPT, "-model", "student", "-quick", "-save", kept, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "loaded again it computes the same bits" in done.stdout and "test images: int8" in done.stdout and "Traceback" not in done.stderr
+    rows = {row["variant"]: row for row in json.loads((results / "quantize.json").read_text())["rows"]}
+    assert set(rows) == {"eager", "channels_last", "compiled float32", "int8"}
+    assert rows["int8"]["int8_operations"] == 7 and rows["int8"]["size_mb"] < rows["eager"]["size_mb"]
+    assert rows["eager"]["relative_difference"] == 0 < rows["int8"]["relative_difference"] < 0.2
+    assert abs(rows["int8"]["accuracy"] - rows["eager"]["accuracy"]) < 0.05
+    assert (results / "quantize_speed.png").exists() and kept.exists()
+    again = run_script(SCRIPT, "-model", "student", "-quick", "-load", kept, PATH="")
+    assert again.returncode == 0, again.stderr
+    rows = {row["variant"]: row for row in json.loads((results / "quantize.json").read_text())["rows"]}
+    assert (
+        set(rows) == {"eager", "channels_last", "int8, not compiled"} and rows["int8, not compiled"]["size_mb"] < rows["eager"]["size_mb"]
+    )
+    assert "no C++ compiler" in again.stdout and "reading the int8 network" in again.stdout and "trained before" in again.stdout
+
+
+def test_layers_are_kept_in_float_one_at_a_time(run_script, results):
+    done = run_script(SCRIPT, "-model", "student", "-quick", "-layers", timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((results / "quantize.json").read_text())["rows"]
+    assert [row["kept_float32"] for row in rows] == ["none", "stages.0.conv1", "stages.0.conv2"]
+    assert (results / "quantize_layers.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("-model", "resnet81"), "resnet18"),
+        (("-model", "student", "-data", "nowhere"), "-data nowhere"),
+        (("-model", "student", "-quick", "-load", "nowhere.pt2"), "no such file"),
+        (("-layers",), "-model"),
+    ],
+)
+def test_bad_input_is_said(run_script, flags, said):
+    done = run_script(SCRIPT, *flags)
+    assert done.returncode in (1, 2) and said in done.stderr and "Traceback" not in done.stderr
+    assert not Path("nowhere.pt2").exists()
+
+
+def row(variant: str, *runs_ms: float) -> dict:
+    return {"variant": variant, "batch": 1, "threads": 1, "latency_ms": sorted(runs_ms)[len(runs_ms) // 2], "runs_ms": list(runs_ms)}
+
+
+def test_the_verdict_follows_from_the_rounds(capsys):
+    ours = row("int8", 2, 2, 2)
+    assert quantize_report.against(ours, row("eager", 4, 6, 8)) == "3.00x eager (2.00 to 4.00, faster)"
+    assert "cannot tell" in quantize_report.against(ours, row("compiled bfloat16", 1, 3, 3))
+    quantize_report.say([row("eager", 8, 8, 8), row("compiled bfloat16", 1, 1, 1), ours, row("int8, OpenVINO", 1, 1, 1)])
+    said = capsys.readouterr().out
+    assert "int8 is\n" in said and "0.50x int8, OpenVINO" in said and "it does not pay here: take compiled bfloat16" in said
+
+
+@pytest.mark.parametrize(("images", "said"), [(8, "8 images to calibrate with are few"), (64, "")])
+def test_too_few_images_to_calibrate_with_are_warned_about(images, said, capsys):
+    args = SimpleNamespace(model="mobilenet_v3_small", quick=False, epochs=1, calibration=images, pretrained=False, seed=0)
+    network, calibration, data = load_network(args)
+    assert sum(map(len, calibration)) == images and data is None and not network.training
+    assert said in capsys.readouterr().out
+
+
+def test_the_same_image_over_and_over_is_warned_about(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.zeros(*shape))
+    load_network(SimpleNamespace(model="mobilenet_v3_small", quick=False, epochs=1, calibration=32, pretrained=False, seed=0))
+    assert "all images to calibrate with are the same" in capsys.readouterr().out
+
+
+def test_an_untrained_vision_transformer_does_not_say_zero():
+    args = SimpleNamespace(model="vit_b_32", quick=True, epochs=1, calibration=32, pretrained=False, seed=0)
+    network, calibration, _ = load_network(args)
+    with torch.inference_mode():
+        assert network(calibration[0][:1]).abs().max() > 0
+
+
+def test_training_is_done_once_and_a_damaged_file_is_made_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(student, "DATA", tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    images = Images(torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(256) % 10, (), "noise")
+    first = student.trained_student({"train": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
+    assert "trained before" not in capsys.readouterr().out
+    again = student.trained_student({"train": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
+    assert "trained before" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    [file] = (tmp_path / "students").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    anew = student.trained_student({"train": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), anew.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("widths", "resolution"), [((16, 16, 32), 32), ((16, 24, 32), 32), ((16, 16, 32), 48)])
+def test_a_network_of_another_model_is_not_taken(graph, tmp_path, widths, resolution):
+    torch.manual_seed(1)  # not the weights that were converted
+    args = SimpleNamespace(load=int8.save_graph(graph, batches()[0], tmp_path / "net.pt2"), model="student")
+    with pytest.raises(InputError, match="was made of another network than this student"):
+        load_converted(args, ConvNet(widths, "batch").eval(), torch.randn(4, 3, resolution, resolution))
