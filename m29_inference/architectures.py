@@ -44,7 +44,7 @@ def build(name: str, pretrained: bool, device: torch.device) -> tuple[nn.Module,
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        raise InputError(f"-models {name}: torchvision has no such network{', did you mean ' + ' or '.join(near) if near else ''}")
+        raise InputError(f"torchvision has no network {name}{', did you mean ' + ' or '.join(near) if near else ''}")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         with warnings.catch_warnings(action="ignore"):  # of networks whose initialization will change

@@ -113,5 +113,5 @@ def test_the_run_of_a_learner(run_script, results):
 
 def test_a_wrong_name_ends_the_run(run_script):
     done = run_script(SCRIPT, "-models", "mobilenet")
-    assert done.returncode == 1 and "error: -models mobilenet: torchvision has no such network, did you mean mobilenet_v2" in done.stderr
+    assert done.returncode == 1 and "error: -models mobilenet: torchvision has no network, did you mean mobilenet_v2" in done.stderr
     assert "Traceback" not in done.stderr
