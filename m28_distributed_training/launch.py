@@ -144,10 +144,11 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])  # needs no host name that resolves, no firewall
     try:
         record(join_and_run)(worker, args, rank, store)
+        leave(0)
     except InputError as error:
         if local_rank(rank) == 0:  # the others found the same
             one_sentence(InputError, error, None)
-        sys.exit(BAD_INPUT)
+        leave(BAD_INPUT)
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST):
             raise
@@ -157,7 +158,18 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
         if "connectFullMesh" in reason and several_machines():
             said += "; if all are alive, the machines cannot reach each other: README, Several machines"
         print(f"rank {rank}: {said} ({reason})", file=sys.stderr, flush=True)
-        sys.exit(1)
+        leave(1)
+
+
+def leave(code: int) -> None:
+    """End this process without taking Python apart.
+
+    Gloo's threads outlive destroy_process_group() once there was a DistributedDataParallel (torch 2.14). One that is slow to let go of
+    its last all-reduce then meets a Python that is half gone, and aborts a training that has ended well: rarely, on a busy machine.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def local_rank(rank: int) -> int:

@@ -21,6 +21,8 @@ os.environ["COURSE_TESTS"] = str(TEMPORARY)  # a spawned worker that imports thi
 for variable, folder in {"COURSE_DATA": "data", "COURSE_RESULTS": "results", "NUMBA_CACHE_DIR": "numba", "HF_HOME": "huggingface"}.items():
     os.environ[variable] = str(TEMPORARY / folder)  # before common.py is imported, here and in the scripts' processes
 os.environ["MPLBACKEND"] = "Agg"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell; the scripts started here would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure():
