@@ -30,6 +30,10 @@ m29: $(READY)
 	$(RUN) m29_inference/architectures.py -quick
 	$(RUN) m29_inference/quantize.py -quick
 	$(RUN) m29_inference/quantize.py -quick -model student
+	$(RUN) m29_inference/prune.py -quick
+	$(RUN) m29_inference/prune.py -quick -accuracy
+	$(RUN) m29_inference/prune.py -quick -formats
+	$(RUN) m29_inference/prune.py -quick -structured
 
 test: $(READY)
 	$(RUN) -m pytest

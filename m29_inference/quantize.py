@@ -198,7 +198,6 @@ if __name__ == "__main__":
     flag("-calibration", type=positive_int, default=320, help="with -model: images that set the scales (default: 320)")
     flag("-pretrained", action="store_true", help="with -model: download torchvision's weights; changes no latency")
     flag("-data", help="for the student: folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
-    flag("-epochs", type=positive_int, default=8, help="for the student: passes over the training images (default: 8)")
     flag("-save", type=Path, help="with -model: keep the int8 network in this file")
     flag("-load", type=Path, help="with -model: take the int8 network from this file instead of converting")
     flag("-peers", action="store_true", help="with -model: also ONNX Runtime and OpenVINO, where they are installed")

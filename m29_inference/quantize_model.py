@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import load_cifar10, normalize
+from cifar10 import normalize
 from common import InputError, display_path, measure_alternately, print_table, save_figure
 from m29_inference import quantize
 from m29_inference.architectures import build, fitting_batch, published_resolution, uses_attention
@@ -26,7 +26,7 @@ from m29_inference.int8 import compile_to_file, has_compiler, int8_calls, load_c
 from m29_inference.quantize_linear import dynamic_int8, with_plain_attention
 from m29_inference.quantize_peers import convert_for_peers
 from m29_inference.quantize_report import plot_speed, say
-from m29_inference.student import BATCH, answers, fast_format, trained_student
+from m29_inference.student import answers, fast_format, student_and_data
 from machine import cpu_has
 
 ACCURACY_BATCH = 250  # divides the 10,000 test images, and the sample's
@@ -49,13 +49,11 @@ class InBfloat16(nn.Module):
 
 def load_network(args) -> tuple[nn.Module, list[torch.Tensor], dict | None]:
     """The network in eval mode, batches of 32 images to calibrate with, and the data where there are labels to count right answers."""
-    n, epochs = (32, min(args.epochs, 2)) if args.quick else (args.calibration, args.epochs)
+    n = 32 if args.quick else args.calibration
     if args.model == "student":
-        data = load_cifar10(args.data, BATCH)
-        if args.quick:
-            data["train"] = data["train"][:2048]
-        network = trained_student(data, epochs, args.seed, torch.device("cpu")).to(memory_format=torch.contiguous_format)
-        images = normalize(data["train"].images[torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(args.seed))[:n]])
+        network, data = student_and_data(args)
+        picked = torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(args.seed))[:n]
+        images = normalize(data["train"].images[picked])
     else:
         (network, weights), data = build(args.model, args.pretrained, torch.device("cpu")), None
         for module in network.modules():

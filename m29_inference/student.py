@@ -14,11 +14,11 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import ConvNet, Images, augment, epoch_order, normalize
+from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
 from common import DATA, atomic_path, display_path
 from machine import cpu_has
 
-BATCH = 256
+BATCH, WIDTHS, EPOCHS, LEARNING_RATE = 256, (32, 64, 128), 8, 0.2
 
 
 def fast_format(device: torch.device) -> dict:
@@ -27,14 +27,14 @@ def fast_format(device: torch.device) -> dict:
     return {"device_type": device.type, "dtype": torch.bfloat16, "enabled": capable}
 
 
-def train(network: nn.Module, data: Images, epochs: int, seed: int, device: torch.device) -> list[dict]:
+def train(network: nn.Module, data: Images, epochs: int, seed: int, device: torch.device, lr: float = LEARNING_RATE) -> list[dict]:
     """Train in place; a row an epoch: epoch, loss, seconds so far. The same seed gives the same network on the same machine."""
     network.to(device, memory_format=torch.channels_last).train()
     steps = len(data) // BATCH
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=epochs * steps)
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
     rows, begin = [], time.perf_counter()
-    for epoch in (bar := tqdm(range(epochs), "training the student", unit="epoch")):
+    for epoch in (bar := tqdm(range(epochs), "training", unit="epoch", leave=False)):
         order = epoch_order(seed, epoch, len(data))
         for step in range(steps):
             indices = order[step * BATCH :][:BATCH]
@@ -58,7 +58,7 @@ def answers(network, data: Images, device: torch.device, batch: int = 250) -> to
         return torch.cat([network(normalize(images.to(device))).argmax(1).cpu() for images in data.images.split(batch)])
 
 
-def trained_student(data: dict[str, Images], epochs: int, seed: int, device: torch.device, widths=(32, 64, 128)) -> nn.Module:
+def trained_student(data: dict[str, Images], epochs: int, seed: int, device: torch.device, widths=WIDTHS) -> nn.Module:
     """The trained network in eval mode; trained on first use, for these data, epochs, seed and widths."""
     key = hashlib.sha256(data["train"].images[::97].numpy().tobytes() + repr((epochs, seed, tuple(widths), len(data["train"]))).encode())
     file = DATA / "students" / f"{key.hexdigest()[:16]}.pt"
@@ -72,3 +72,12 @@ def trained_student(data: dict[str, Images], epochs: int, seed: int, device: tor
         with atomic_path(file) as temporary:
             torch.save(network.state_dict(), temporary)
     return network.to(device, memory_format=torch.channels_last).eval()
+
+
+def student_and_data(args) -> tuple[nn.Module, dict[str, Images]]:
+    """The student trained on `-data`, in PyTorch's own memory layout, and the data; with -quick fewer images and epochs."""
+    data = load_cifar10(args.data, BATCH)
+    if args.quick:
+        data = {"train": data["train"][:4096], "test": data["test"][:500]}
+    network = trained_student(data, 4 if args.quick else EPOCHS, args.seed, torch.device("cpu"))
+    return network.to(memory_format=torch.contiguous_format), data

@@ -1,0 +1,189 @@
+"""Prune a network: set weights to zero, see what has changed and what has not, and make it permanent.
+
+    python m29_inference/prune.py                          the exercises step by step, on LeNet and on the trained CIFAR-10 student
+    python m29_inference/prune.py -amount 0.5              with half of the weights
+    python m29_inference/prune.py -accuracy                accuracy over sparsity, before and after fine-tuning; a figure
+    python m29_inference/prune.py -formats                 file size and latency of a sparse network, format by format; two figures
+    python m29_inference/prune.py -structured              whole channels, really removed: latency, MACs, accuracy; two figures
+
+torch.nn.utils.prune does not remove a weight. It moves `weight` to the parameter `weight_orig`, adds a buffer `weight_mask` of zeros and
+ones, and computes `weight` as their product before every forward pass. So a pruned network first grows, and runs as long as before.
+"Unstructured" pruning zeroes single weights; "structured" pruning takes whole channels, which can then be cut out of the tensors.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from common import new_parser, parse, positive_int, print_table, save_results
+from m29_inference.student import answers, student_and_data
+
+
+class LeNet(nn.Module):
+    """The network of the exercise: grey images (n, 1, 32, 32) -> logits (n, 10). LeCun et al. 1998, with ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.conv1(images)), 2)
+        x = nn.functional.max_pool2d(torch.relu(self.conv2(x)), 2)
+        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x.flatten(1))))))
+
+
+# ---- what the exercises look at --------------------------------------------------------------------------------------
+
+
+def prunable(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that have a weight to prune, by name: convolutions and linear layers."""
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+def sparsity(module: nn.Module, name: str = "weight") -> float:
+    """Share of zeros in what the layer computes with. Counted over parameters() it would be 0: the zeros are in the mask."""
+    values = getattr(module, name)
+    return (values == 0).double().mean().item()
+
+
+def sparsity_by_layer(network: nn.Module) -> list[dict]:
+    """A row a layer and one for all of them: weights, zeros, sparsity."""
+    rows = [
+        {"layer": name, "weights": module.weight.numel(), "zeros": int((module.weight == 0).sum())} for name, module in prunable(network)
+    ]
+    rows.append({"layer": "all", "weights": sum(row["weights"] for row in rows), "zeros": sum(row["zeros"] for row in rows)})
+    return [row | {"sparsity": row["zeros"] / row["weights"]} for row in rows]
+
+
+def tensors(module: nn.Module) -> str:
+    """The names of a layer's parameters and buffers, and their sizes."""
+    parameters = ", ".join(f"{name} {tuple(value.shape)}" for name, value in module.named_parameters())
+    buffers = ", ".join(f"{name} {tuple(value.shape)}" for name, value in module.named_buffers())
+    return f"  parameters: {parameters}\n  buffers:    {buffers or 'none'}"
+
+
+# ---- the exercises, in order -----------------------------------------------------------------------------------------
+
+
+def one_layer(net: LeNet, amount: float) -> None:
+    """Random weights of the first convolution, then the smallest of its biases."""
+    print(f"conv1 before\n{tensors(net.conv1)}")
+    prune.random_unstructured(net.conv1, name="weight", amount=amount)
+    print(f"after random_unstructured(conv1, 'weight', {amount}): {sparsity(net.conv1):.1%} zeros, and two tensors for one")
+    print(tensors(net.conv1))
+    prune.l1_unstructured(net.conv1, name="bias", amount=amount)  # L1: the smallest absolute values
+    print(f"after l1_unstructured(conv1, 'bias', {amount}): {int((net.conv1.bias == 0).sum())} of {len(net.conv1.bias)} biases are 0")
+    prune.random_unstructured(net.conv1, name="weight", amount=amount)
+    print(f"the weight once more: {sparsity(net.conv1):.1%} zeros, since {amount:.0%} of what was left are taken\n")
+
+
+def whole_net(amount: float) -> None:
+    """The smallest weights of every layer; and why the loop over all modules stops."""
+    net = LeNet()
+    try:
+        for _, module in net.named_modules():
+            prune.l1_unstructured(module, name="weight", amount=amount)
+    except AttributeError as error:
+        print(f"a loop over named_modules() stops: {error}. The first module is the network itself, a container without weight")
+    for _, module in prunable(net):
+        prune.l1_unstructured(module, name="weight", amount=amount)
+    print(f"a loop over the layers that have a weight: {sparsity_by_layer(net)[-1]['sparsity']:.1%} zeros\n")
+
+
+def by_kind() -> None:
+    """Convolutions and linear layers differently: the latter hold most weights and miss them least."""
+    net = LeNet()
+    for _, module in prunable(net):
+        if isinstance(module, nn.Conv2d):
+            prune.l1_unstructured(module, name="weight", amount=0.2)
+        else:
+            prune.random_unstructured(module, name="weight", amount=0.4)
+    print("20 % of each convolution by size, 40 % of each linear layer at random")
+    print_table(sparsity_by_layer(net))
+    print()
+
+
+def all_together(net: nn.Module, amount: float) -> list[dict]:
+    """The smallest weights of the whole network, wherever they are: the total is exact, the layers differ."""
+    prune.global_unstructured([(module, "weight") for _, module in prunable(net)], pruning_method=prune.L1Unstructured, amount=amount)
+    rows = sparsity_by_layer(net)
+    print(f"global_unstructured, {amount:.0%} of all weights: that is the total, not what each layer loses")
+    print_table(rows)
+    return rows
+
+
+def make_permanent(net: nn.Module) -> None:
+    """remove() multiplies the mask into the weight and forgets it: the zeros stay, the second tensor goes."""
+    first = prunable(net)[0][1]
+    before = tensors(first)
+    for _, module in prunable(net):
+        prune.remove(module, "weight")
+    print(f"\nbefore remove()\n{before}\nafter remove(): {sparsity_by_layer(net)[-1]['sparsity']:.1%} zeros, as before\n{tensors(first)}")
+    weight = first.weight.detach().clone()
+    first.weight.grad = torch.ones_like(first.weight)
+    torch.optim.SGD([first.weight], lr=1e-3).step()
+    print(
+        f"one step of training now: {sparsity(first):.1%} zeros in the first layer. Fine-tune before remove(), while the mask holds them\n"
+    )
+    with torch.no_grad():
+        first.weight.copy_(weight)
+
+
+# ---- a trained network -----------------------------------------------------------------------------------------------
+
+
+def accuracy(network: nn.Module, data: dict) -> float:
+    """Share of the test images that `network` answers right."""
+    return (answers(network.eval(), data["test"], torch.device("cpu")) == data["test"].labels).double().mean().item()
+
+
+def main(args) -> list[dict]:
+    torch.manual_seed(args.seed)
+    net = LeNet()
+    print(f"LeNet: {sum(parameter.numel() for parameter in net.parameters()):,} parameters\n")
+    one_layer(net, args.amount)
+    whole_net(args.amount)
+    by_kind()
+    network, data = student_and_data(args)
+    rows = [{"method": "none", "sparsity": 0.0, "accuracy": accuracy(network, data)}]
+    print(f"\nthe trained student on {data['test'].name}, before: {rows[0]['accuracy']:.2%} right")
+    rows.append({"method": "global", "sparsity": all_together(network, args.amount)[-1]["sparsity"], "accuracy": accuracy(network, data)})
+    make_permanent(network)
+    rows.append({"method": "global, removed", "sparsity": sparsity_by_layer(network)[-1]["sparsity"], "accuracy": accuracy(network, data)})
+    print_table(rows)
+    return rows
+
+
+def share(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a share between 0 and 1 is expected")
+    return value
+
+
+if __name__ == "__main__":
+    parser = new_parser(__doc__)
+    flag = parser.add_argument
+    flag("-amount", type=share, default=0.3, help="share of the weights to prune (default: 0.3)")
+    flag("-accuracy", action="store_true", help="accuracy over sparsity")
+    flag("-formats", action="store_true", help="file size and latency, format by format")
+    flag("-structured", action="store_true", help="remove whole channels")
+    flag("-data", help="folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
+    flag("-epochs", type=positive_int, default=3, help="of fine-tuning, for -accuracy and -structured (default: 3)")
+    args = parse(parser)
+    run = main
+    if args.accuracy or args.formats or args.structured:
+        from m29_inference import prune_accuracy, prune_formats, prune_structured  # which import this file
+
+        module = prune_accuracy if args.accuracy else prune_formats if args.formats else prune_structured
+        run = module.measure
+    rows = run(args)
+    save_results(__file__, args, rows)

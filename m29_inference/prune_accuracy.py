@@ -1,0 +1,102 @@
+"""What `prune.py -accuracy` does: how many weights a trained network can lose, at once or step by step, before and after fine-tuning.
+
+All get the same fine-tuning, `-epochs` epochs altogether. The unpruned network gets it, too, because more training alone may help.
+"Iterative" prunes in STEPS steps with a part of the fine-tuning after each. Each step takes a share of what is left (half, and then half
+again, leaves a quarter), so the share is chosen for the steps to end at the sparsity asked for.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import ConvNet
+from common import print_table, save_figure
+from m29_inference import prune as exercise
+from m29_inference.prune import accuracy, prunable, sparsity_by_layer
+from m29_inference.student import WIDTHS, student_and_data, train
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+STEPS = 3
+LEARNING_RATE = 0.05  # a quarter of the training's: the weights shall settle, not start again
+
+
+def prune_all(network: nn.Module, amount: float) -> None:
+    """The smallest weights of the whole network become 0; `amount` is a share of those that are not 0 yet."""
+    network.to(memory_format=torch.contiguous_format)  # training leaves it channels_last, which prune cannot flatten
+    layers = [(module, "weight") for _, module in prunable(network)]
+    sizes = {layer: layer[0].weight.detach().contiguous() for layer in layers}
+    prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, importance_scores=sizes, amount=amount)
+
+
+def tune(network: nn.Module, data: dict, args, epochs: int) -> None:
+    """Go on training. The masks hold the zeros: `weight` is computed anew from `weight_orig` and the mask in every forward pass."""
+    if epochs:
+        train(network, data["train"], epochs, args.seed + 1, torch.device("cpu"), LEARNING_RATE)
+
+
+def one_shot(network: nn.Module, data: dict, args, sparsity: float) -> tuple[float, float]:
+    """Accuracy right after pruning, and after all of the fine-tuning."""
+    prune_all(network, sparsity)
+    before = accuracy(network, data)
+    tune(network, data, args, args.epochs)
+    return before, accuracy(network, data)
+
+
+def iterative(network: nn.Module, data: dict, args, sparsity: float) -> tuple[None, float]:
+    """Accuracy after STEPS rounds of pruning and a part of the fine-tuning."""
+    kept = (1 - sparsity) ** (1 / STEPS)  # of what is left, at each step
+    for step in range(STEPS):
+        prune_all(network, 1 - kept)
+        tune(network, data, args, args.epochs // STEPS + (step < args.epochs % STEPS))
+    return None, accuracy(network, data)
+
+
+def measure(args) -> list[dict]:
+    """A row for each method and sparsity: accuracy right after pruning, and after fine-tuning."""
+    network, data = student_and_data(args)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    row = {"method": "unpruned", "sparsity": 0.0, "accuracy": accuracy(network, data)}
+    tune(network, data, args, args.epochs)
+    rows = [row | {"accuracy_tuned": accuracy(network, data)}]
+    for sparsity in tqdm(SPARSITIES[2:3] if args.quick else SPARSITIES, "sparsities"):
+        for name, method in {"one-shot": one_shot, "iterative": iterative}.items():
+            fresh = ConvNet(WIDTHS, "batch")  # and no deepcopy, which fails on a pruned network
+            fresh.load_state_dict(state)
+            before, after = method(fresh, data, args, sparsity)
+            reached = sparsity_by_layer(fresh)[-1]["sparsity"]
+            rows.append({"method": name, "sparsity": reached, "accuracy": before, "accuracy_tuned": after})
+    print_table(rows)
+    say(rows)
+    save_figure(plot(rows), exercise.__file__, "accuracy", args, f"{len(data['test']):,} test images, {args.epochs} epochs of fine-tuning")
+    return rows
+
+
+def say(rows: list[dict]) -> None:
+    """The highest sparsity that costs little, against the unpruned network with the same fine-tuning."""
+    reference = rows[0]["accuracy_tuned"]
+    for points in (0.5, 1.5):
+        fine = [row for row in rows[1:] if reference - row["accuracy_tuned"] <= points / 100]
+        most = max(fine, key=lambda row: row["sparsity"], default=None)
+        text = f"{most['sparsity']:.0%} of the weights, {most['method']}" if most else "none of those tried"
+        print(f"within {points} points of the unpruned network after the same fine-tuning: {text}")
+
+
+def plot(rows: list[dict]) -> plt.Figure:
+    """Accuracy over sparsity: right after pruning, and after fine-tuning, at once and step by step."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    pruned = [row for row in rows if row["method"] == "one-shot"]
+    axes.plot([row["sparsity"] for row in pruned], [row["accuracy"] for row in pruned], "o:", color="tab:grey", label="not fine-tuned")
+    for method, colour in {"one-shot": "tab:blue", "iterative": "tab:orange"}.items():
+        mine = [row for row in rows if row["method"] == method]
+        axes.plot([r["sparsity"] for r in mine], [r["accuracy_tuned"] for r in mine], "o-", color=colour, label=f"{method}, fine-tuned")
+    axes.axhline(rows[0]["accuracy_tuned"], color="black", linestyle="--", linewidth=1, label="unpruned, fine-tuned")
+    axes.set(xlabel="sparsity: share of weights that are 0", ylabel="accuracy on the test images")
+    axes.legend()
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure

@@ -1,0 +1,151 @@
+"""What `prune.py -formats` does: whether a network with many zeros is a smaller file, and whether it is faster.
+
+Sizes: the student, pruned to several sparsities, is written in each format of sparse_files.py, read again and compared bit by bit. Time:
+a convolution multiplies by zeros as fast as by other numbers, and has no sparse form in PyTorch; a linear layer has one (CSR),
+which pays from some sparsity on, and that depends on the batch.
+"""
+
+import itertools
+import statistics
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import ConvNet, normalize
+from common import measure_alternately, print_table, save_figure
+from m29_inference import prune as exercise
+from m29_inference.prune import prunable
+from m29_inference.prune_accuracy import prune_all
+from m29_inference.sparse_files import FORMATS, load_sparse, save_sparse
+from m29_inference.student import WIDTHS, student_and_data
+
+SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
+LINEAR = 512  # inputs and outputs of the linear layer
+CPU = torch.device("cpu")
+
+
+def pruned(network: nn.Module, sparsity: float) -> nn.Module:
+    """A copy with the smallest weights at 0, the masks still in place."""
+    copied = ConvNet(WIDTHS, "batch").eval()
+    copied.load_state_dict(network.state_dict())
+    prune_all(copied, sparsity)
+    return copied
+
+
+def sizes(network: nn.Module, folder: Path) -> list[dict]:
+    """A row for each format and sparsity: MB, after what was read again was found to be the same. "masked" is before remove()."""
+    rows = []
+    for sparsity in SPARSITIES:
+        net = pruned(network, sparsity)
+        rows.append({"format": "masked", "sparsity": sparsity, "size_mb": save_sparse(net.state_dict(), folder / "masked", "dense") / 1e6})
+        for _, module in prunable(net):
+            nn.utils.prune.remove(module, "weight")
+        state = net.state_dict()
+        shapes = {name: value.shape for name, value in state.items()}
+        for kind in FORMATS:
+            size = save_sparse(state, folder / kind, kind)
+            again = load_sparse(folder / kind, kind, shapes)
+            if not all(torch.equal(again[name], value) for name, value in state.items()):
+                raise RuntimeError(f"the format {kind} did not give back what was written")
+            rows.append({"format": kind, "sparsity": sparsity, "size_mb": size / 1e6})
+    return rows
+
+
+def break_even(rows: list[dict], kind: str) -> float | None:
+    """The sparsity from which `kind` is smaller than the dense file, between two measured ones by a straight line."""
+    dense = {row["sparsity"]: row["size_mb"] for row in rows if row["format"] == "dense"}
+    gains = [(row["sparsity"], dense[row["sparsity"]] - row["size_mb"]) for row in rows if row["format"] == kind]
+    if gains[0][1] > 0:
+        return 0.0
+    for (before, loss), (after, gain) in itertools.pairwise(gains):
+        if gain > 0:
+            return before + (after - before) * -loss / (gain - loss)
+    return None
+
+
+def time_convolutions(network: nn.Module, data: dict) -> list[dict]:
+    """The student's latency with all of its weights and with a tenth of them, batch 1 and 128."""
+    rows = []
+    for batch in (1, 128):
+        images = normalize(data["test"].images[:batch])
+        nets = {sparsity: pruned(network, sparsity) for sparsity in (0.0, 0.9)}
+        for net in nets.values():
+            for _, module in prunable(net):
+                nn.utils.prune.remove(module, "weight")
+        with torch.inference_mode():
+            timings = measure_alternately({sparsity: (lambda net=net, images=images: net(images)) for sparsity, net in nets.items()}, CPU)
+        for sparsity, timing in timings.items():
+            rows.append({"format": "dense", "layer": "student", "sparsity": sparsity, "batch": batch, "latency_ms": timing.median_ms})
+    return rows
+
+
+def time_linear(generator: torch.Generator) -> list[dict]:
+    """One linear layer, dense and as CSR, over sparsity, batch 1 and 64: latency, and how many times as fast as dense."""
+    rows = []
+    for batch in (1, 64):
+        x = torch.randn(batch, LINEAR, generator=generator)
+        for sparsity in SPARSITIES[5:]:
+            weight = torch.randn(LINEAR, LINEAR, generator=generator)
+            weight[torch.rand(LINEAR, LINEAR, generator=generator) < sparsity] = 0
+            csr = weight.to_sparse_csr()
+            calls = {"dense": lambda w=weight, x=x: nn.functional.linear(x, w), "CSR": lambda w=csr, x=x: nn.functional.linear(x, w)}
+            with torch.no_grad():  # a CSR tensor does not work in inference_mode
+                if not torch.allclose(calls["dense"](), calls["CSR"](), atol=1e-3):
+                    raise RuntimeError("CSR computes something else")
+                timings = measure_alternately(calls, CPU)
+            gain = statistics.median(d / c for d, c in zip(timings["dense"].runs_ms, timings["CSR"].runs_ms, strict=True))
+            row = {"format": "CSR", "layer": f"linear {LINEAR}x{LINEAR}", "sparsity": sparsity, "batch": batch}
+            rows.append(row | {"latency_ms": timings["CSR"].median_ms, "x_dense": gain})
+    return rows
+
+
+def measure(args) -> list[dict]:
+    """Sizes by format and sparsity, then latencies; two figures."""
+    warnings.filterwarnings("ignore", message=".*[Ss]parse.*tensor")  # that CSR is in beta, that what is loaded is validated
+    network, data = student_and_data(args)
+    with tempfile.TemporaryDirectory() as folder:
+        files = sizes(network, Path(folder))
+    table = [{"sparsity": sparsity} for sparsity in SPARSITIES]
+    for row in files:
+        table[SPARSITIES.index(row["sparsity"])][f"{row['format']}_mb"] = row["size_mb"]
+    print_table(table)
+    for kind in FORMATS[1:]:
+        even = break_even(files, kind)
+        print(f"{kind}: smaller than the dense file {'never' if even is None else f'from {even:.0%} zeros on'}; read again bit for bit")
+    times = time_convolutions(network, data) + time_linear(torch.Generator().manual_seed(args.seed))
+    print()
+    print_table(times)
+    save_figure(plot_sizes(files), exercise.__file__, "formats", args, "the student of 288,746 parameters")
+    save_figure(plot_linear(times), exercise.__file__, "linear", args, "5 repeats in turn, median")
+    return files + times
+
+
+def plot_sizes(rows: list[dict]) -> plt.Figure:
+    """File size over sparsity, a line a format."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    for kind in ("masked", *FORMATS):
+        mine = [row for row in rows if row["format"] == kind]
+        axes.plot([r["sparsity"] for r in mine], [r["size_mb"] for r in mine], "k--" if kind == "dense" else "o-", markersize=4, label=kind)
+    axes.set(xlabel="sparsity: share of weights that are 0", ylabel="file, MB", ylim=(0, None))
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=6, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 0.95))
+    return figure
+
+
+def plot_linear(rows: list[dict]) -> plt.Figure:
+    """How many times as fast as dense a CSR linear layer is, over sparsity, a line a batch size; below 1 it is slower."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    for batch in (1, 64):
+        mine = [row for row in rows if row.get("x_dense") and row["batch"] == batch]
+        axes.plot([r["sparsity"] for r in mine], [r["x_dense"] for r in mine], "o-", label=f"batch {batch}")
+    axes.axhline(1, color="black", linestyle="--", linewidth=1, label="dense")
+    axes.set(xlabel="sparsity: share of weights that are 0", ylabel=f"linear layer {LINEAR}x{LINEAR} as CSR: times as fast", yscale="log")
+    axes.legend()
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure

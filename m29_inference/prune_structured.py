@@ -1,0 +1,147 @@
+"""What `prune.py -structured` does: cut whole channels out of the trained student, so that it is smaller and faster without special code.
+
+The channels that count least (shrink.py says how they are ranked) are first made silent. Then they are cut out of every tensor, and the
+smaller network must compute what the silent one does before it is fine-tuned and timed. The unpruned network gets the same
+fine-tuning. Widths stay multiples of EIGHT, in which the kernels work: one channel less than that is not faster.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import ConvNet, normalize
+from common import measure_alternately, print_table, save_figure
+from m29_inference import prune as exercise
+from m29_inference.architectures import count_macs
+from m29_inference.prune import accuracy
+from m29_inference.prune_accuracy import tune
+from m29_inference.shrink import Link, links, rank, shrink, silence
+from m29_inference.student import WIDTHS, student_and_data
+
+EIGHT = 8
+SHARES = (0.75, 0.5, 0.25)  # of the multiplications
+BATCHES = (1, 128)
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    copied = ConvNet(WIDTHS, "batch").eval()
+    copied.load_state_dict(network.state_dict())
+    return copied
+
+
+def kept_channels(link: Link, share: float) -> torch.Tensor:
+    """Those of a link's channels that count most, ascending: `share` of them, a multiple of EIGHT."""
+    width = max(EIGHT, round(link.width * share / EIGHT) * EIGHT)
+    return rank(link).topk(width).indices.sort().values
+
+
+def cut(network: nn.Module, share: float, only: str | None = None) -> nn.Module:
+    """A copy in which each link, or only the one of this name, has `share` of its channels; the same as silencing them, or RuntimeError."""
+    silent, small = copy_of(network), copy_of(network)
+    for quiet, link in zip(links(silent), links(small), strict=True):
+        if only in (None, link.name):
+            kept = kept_channels(link, share)
+            silence(quiet, torch.tensor(sorted(set(range(link.width)) - set(kept.tolist())), dtype=torch.int64))
+            shrink(link, kept)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        if not torch.allclose(small(images), silent(images), atol=1e-5):
+            raise RuntimeError("the smaller network computes something else than the silenced one")
+    return small
+
+
+def cut_to(network: nn.Module, macs: float) -> nn.Module:
+    """The largest cut that leaves at most `macs` of the multiplications, all layers losing the same share of their channels."""
+    full = count_macs(network, 32)["ptflops"]
+    for share in (step / 64 for step in range(63, 0, -1)):
+        small = cut(network, share)
+        if count_macs(small, 32)["ptflops"] <= macs * full:
+            return small
+    return small
+
+
+def time_both(full: nn.Module, small: nn.Module, data: dict) -> list[dict]:
+    """Latency of the smaller network against the full one, batch 1 and 128: a row each, with the ratio of the medians."""
+    rows = []
+    for batch in BATCHES:
+        images = normalize(data["test"].images[:batch])
+        calls = {name: (lambda net=net, images=images: net(images)) for name, net in {"full": full, "small": small}.items()}
+        with torch.inference_mode():
+            timings = measure_alternately(calls, torch.device("cpu"), repeats=9)
+        ratios = [own / whole for own, whole in zip(timings["small"].runs_ms, timings["full"].runs_ms, strict=True)]
+        rows.append({"batch": batch, "latency_ms": timings["small"].median_ms, "of_full": statistics.median(ratios)})
+    return rows
+
+
+def sensitivity(network: nn.Module, data: dict) -> list[dict]:
+    """Accuracy with half of one layer's channels cut and nothing tuned, layer by layer."""
+    rows = []
+    for link in tqdm(links(network), "layers", leave=False):
+        rows.append({"method": "half of one layer", "layer": link.name, "accuracy": accuracy(cut(network, 0.5, link.name), data)})
+    return rows
+
+
+def measure(args) -> list[dict]:
+    """Rows by share of the multiplications and batch size, then by layer; two figures."""
+    network, data = student_and_data(args)
+    layers = sensitivity(network, data)
+    full_macs = count_macs(network, 32)["ptflops"]
+    smaller = {1.0: copy_of(network)} | {share: cut_to(network, share) for share in (SHARES[1:2] if args.quick else SHARES)}
+    rows = []
+    for net in tqdm(smaller.values(), "fine-tuning"):
+        widths = " ".join(str(link.width) for link in links(net))
+        row = {
+            "method": "structured",
+            "widths": widths,
+            "macs_left": count_macs(net, 32)["ptflops"] / full_macs,
+            "accuracy": accuracy(net, data),
+        }
+        tune(net, data, args, args.epochs)
+        row["parameters"] = sum(parameter.numel() for parameter in net.parameters())
+        row["accuracy_tuned"] = accuracy(net.to(memory_format=torch.contiguous_format), data)
+        rows += [row | times for times in time_both(network, net, data)]
+    print_table(rows)
+    print()
+    print_table(layers)
+    worst = min(layers, key=lambda row: row["accuracy"])
+    left = f"{worst['accuracy']:.1%} are left of {rows[0]['accuracy']:.1%}"
+    print(f"half of one layer's channels, not fine-tuned: {worst['layer']} costs most, {left}")
+    save_figure(plot(rows), exercise.__file__, "structured", args, f"{args.epochs} epochs of fine-tuning, 9 repeats")
+    save_figure(plot_layers(layers, rows[0]["accuracy"]), exercise.__file__, "layers", args, f"{len(data['test']):,} test images")
+    return rows + layers
+
+
+def plot(rows: list[dict]) -> plt.Figure:
+    """Left: latency over multiplications, both as shares of the full network; right: accuracy before and after fine-tuning."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5))
+    for batch in BATCHES:
+        mine = [row for row in rows if row["batch"] == batch]
+        left.plot([r["macs_left"] for r in mine], [r["of_full"] for r in mine], "o-", label=f"batch {batch}")
+    left.plot([0, 1], [0, 1], "--", color="grey", label="as the multiplications")
+    left.set(xlabel="multiplications left", ylabel="latency, of the full network's", xlim=(0, None), ylim=(0, None))
+    mine = [row for row in rows if row["batch"] == BATCHES[0]]
+    right.plot([r["macs_left"] for r in mine], [r["accuracy"] for r in mine], "o:", color="tab:grey", label="not fine-tuned")
+    right.plot([r["macs_left"] for r in mine], [r["accuracy_tuned"] for r in mine], "o-", label="fine-tuned")
+    right.set(xlabel="multiplications left", ylabel="accuracy on the test images", xlim=(0, None))
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure
+
+
+def plot_layers(rows: list[dict], full: float) -> plt.Figure:
+    """Bars: the accuracy with half of one layer's channels gone, against that of the full network."""
+    figure, axes = plt.subplots(figsize=(8, 3.5))
+    axes.barh([row["layer"] for row in rows], [row["accuracy"] for row in rows], color="tab:blue")
+    axes.axvline(full, color="tab:red", linestyle="--", label="all channels")
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy on the test images, not fine-tuned", ylabel="layer that lost half of its channels")
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper center", fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 0.95))
+    return figure

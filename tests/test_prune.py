@@ -1,0 +1,214 @@
+"""prune.py and what belongs to it: zeros counted, formats read back, channels cut out without changing a number, and bad input."""
+
+import json
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn.utils import prune
+
+from cifar10 import ConvNet, Images
+from m29_inference import prune as exercise
+from m29_inference.prune import LeNet, make_permanent, prunable, sparsity, sparsity_by_layer
+from m29_inference.prune_accuracy import prune_all
+from m29_inference.prune_formats import break_even
+from m29_inference.prune_structured import cut, cut_to
+from m29_inference.shrink import links, rank, shrink, silence
+from m29_inference.sparse_files import FORMATS, load_sparse, save_sparse
+from m29_inference.student import WIDTHS, train
+
+SCRIPT = "m29_inference/prune.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """The student with random weights and normalizations that are no identity."""
+    torch.manual_seed(0)
+    return unlike_identity(ConvNet(WIDTHS, "batch")).eval()
+
+
+def unlike_identity(network: nn.Module) -> nn.Module:
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.weight.data, module.bias.data):
+                values.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return network
+
+
+def test_lenet_is_the_known_one():
+    net = LeNet()
+    assert sum(parameter.numel() for parameter in net.parameters()) == 61_706
+    assert net(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.3, 0.5, 1.0])
+def test_sparsity_is_exact_to_the_weight(amount):
+    net = LeNet()
+    prune_all(net, amount)
+    rows = sparsity_by_layer(net)
+    assert rows[-1]["weights"] == 61_470 and rows[-1]["zeros"] == round(amount * 61_470)
+    assert sum(row["zeros"] for row in rows[:-1]) == rows[-1]["zeros"]
+    if amount == 0.3:  # the traps: zeros are not in the parameters, and layers lose different shares
+        assert not any((parameter == 0).any() for name, parameter in net.named_parameters() if name.endswith("weight_orig"))
+        assert max(row["sparsity"] for row in rows) > min(row["sparsity"] for row in rows) + 0.05
+
+
+def test_the_same_share_twice_takes_a_share_of_what_is_left():
+    net = LeNet()
+    prune_all(net, 0.5)
+    prune_all(net, 0.5)
+    assert sparsity_by_layer(net)[-1]["sparsity"] == pytest.approx(0.75, abs=1e-4)
+
+
+def test_making_it_permanent_keeps_the_outputs_and_a_step_afterwards_loses_the_zeros(capsys):
+    torch.manual_seed(0)
+    net, images = LeNet(), torch.randn(4, 1, 32, 32)
+    prune_all(net, 0.8)
+    before = net(images)
+    make_permanent(net)
+    assert torch.equal(net(images), before) and not list(net.named_buffers())
+    assert sparsity_by_layer(net)[-1]["zeros"] == round(0.8 * 61_470)
+    assert "one step of training now: 0.0% zeros" in capsys.readouterr().out
+
+
+def test_fine_tuning_before_that_keeps_them():
+    torch.manual_seed(0)
+    net = ConvNet((8, 8, 8), "batch")
+    prune_all(net, 0.7)
+    zeros = {name: module.weight == 0 for name, module in prunable(net)}
+    images = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8)
+    before = net.head.weight_orig.detach().clone()
+    train(net, Images(images, torch.arange(256) % 10, (), "noise"), 1, 0, CPU)
+    assert not torch.equal(net.head.weight_orig, before)
+    net(images[:2].float())  # computes each weight anew
+    assert all(torch.equal(module.weight == 0, zeros[name]) for name, module in prunable(net))
+
+
+# ---- channels --------------------------------------------------------------------------------------------------------
+
+
+def test_a_shrunk_network_computes_what_the_silenced_one_does(network):
+    for share in (0.75, 0.5, 0.25):
+        small = cut(network, share)  # which compares them
+        assert [link.width for link in links(small)] == [round(width * share / 8) * 8 for width in (32, 32, 64, 64, 128, 128)]
+    one = cut(network, 0.5, "stages.1.conv2")
+    assert [link.width for link in links(one)] == [32, 32, 64, 32, 128, 128]
+
+
+def test_silence_needs_the_bias_as_well(network):
+    """Zeroing the filters alone leaves what the normalization adds, so that removing them changes the outputs."""
+    link, images = links(network)[0], torch.randn(2, 3, 32, 32)
+    kept = rank(link).topk(16).indices.sort().values
+    gone = torch.tensor([channel for channel in range(32) if channel not in kept])
+    with torch.no_grad():
+        link.conv.weight[gone] = 0
+        filters = network(images)
+        silence(link, gone)
+        silent = network(images)
+        shrink(link, kept)
+        exact, constant = (network(images) - silent).abs().max(), (filters - silent).abs().max()
+    assert exact < 1e-5 and constant > 100 * exact
+
+
+def test_a_residual_network_shrinks_inside_its_blocks():
+    torch.manual_seed(0)
+    net, images = unlike_identity(torchvision.models.resnet18()).eval(), torch.randn(2, 3, 64, 64)
+    places = links(net)
+    assert len(places) == 8
+    kept = {}
+    with torch.no_grad():
+        for link in places:
+            kept[link.name] = rank(link).topk(link.width // 2).indices.sort().values
+            silence(link, torch.tensor([channel for channel in range(link.width) if channel not in kept[link.name]]))
+        silent = net(images)
+        for link in places:
+            shrink(link, kept[link.name])
+        assert torch.allclose(net(images), silent, rtol=1e-4, atol=1e-5 * silent.abs().max().item())
+
+
+def test_half_the_multiplications_are_not_exceeded(network):
+    from m29_inference.architectures import count_macs
+
+    assert 0.35 < count_macs(cut_to(network, 0.5), 32)["ptflops"] / count_macs(network, 32)["ptflops"] <= 0.5
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_each_format_gives_back_every_bit(network, kind, tmp_path):
+    prune_all(network, 0.8)
+    for _, module in prunable(network):
+        prune.remove(module, "weight")
+    state = network.state_dict()
+    size = save_sparse(state, tmp_path / "file", kind)
+    again = load_sparse(tmp_path / "file", kind, {name: value.shape for name, value in state.items()})
+    assert all(torch.equal(again[name], value) and again[name].dtype == value.dtype for name, value in state.items())
+    dense = save_sparse(state, tmp_path / "dense", "dense")
+    assert size == (tmp_path / "file").stat().st_size
+    if kind == "bitmask":
+        assert size <= 0.3 * dense
+
+
+def test_break_even_lies_between_two_sizes():
+    def rows(kind, *sizes):
+        return [{"format": kind, "sparsity": sparsity, "size_mb": size} for sparsity, size in zip((0.0, 0.5, 1.0), sizes, strict=True)]
+
+    assert break_even(rows("dense", 1, 1, 1) + rows("COO", 5, 3, 1 / 3), "COO") == pytest.approx(0.875)
+    assert break_even(rows("dense", 1, 1, 1) + rows("gzip", 0.9, 0.5, 0.1), "gzip") == 0
+    assert break_even(rows("dense", 1, 1, 1) + rows("COO", 5, 3, 2), "COO") is None
+
+
+# ---- the runs of a learner -------------------------------------------------------------------------------------------
+
+
+def run(run_script, results, *flags) -> tuple[str, list[dict]]:
+    done = run_script(SCRIPT, "-quick", *flags)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return done.stdout, json.loads((results / "prune.json").read_text())["rows"]
+
+
+def test_the_exercises_in_order(run_script, results):
+    said, rows = run(run_script, results)
+    assert "a loop over named_modules() stops: " in said and "has no attribute 'weight'" in said
+    assert "conv1 before\n  parameters: weight (6, 1, 5, 5), bias (6,)\n  buffers:    none" in said
+    assert "weight_orig (6, 1, 5, 5)" in said and "weight_mask (6, 1, 5, 5)" in said
+    assert [row["method"] for row in rows] == ["none", "global", "global, removed"]
+    assert rows[1]["accuracy"] == rows[2]["accuracy"] and rows[1]["sparsity"] == rows[2]["sparsity"] == pytest.approx(0.3, abs=1e-4)
+
+
+def test_accuracy_over_sparsity(run_script, results):
+    said, rows = run(run_script, results, "-accuracy", "-epochs", "1")
+    assert [row["method"] for row in rows] == ["unpruned", "one-shot", "iterative"]
+    assert all(row["sparsity"] == pytest.approx(0.8, abs=1e-3) for row in rows[1:])
+    assert "of the unpruned network after the same fine-tuning" in said and (results / "prune_accuracy.png").exists()
+
+
+def test_formats(run_script, results):
+    said, rows = run(run_script, results, "-formats")
+    assert "bitmask: smaller than the dense file from" in said
+    masked = next(row["size_mb"] for row in rows if row["format"] == "masked")
+    dense = next(row["size_mb"] for row in rows if row["format"] == "dense")
+    assert masked > 1.8 * dense
+    assert {row["layer"] for row in rows if "layer" in row} == {"student", "linear 512x512"}
+
+
+def test_whole_channels(run_script, results):
+    _, rows = run(run_script, results, "-structured", "-epochs", "1")
+    assert [row["macs_left"] <= 0.5 for row in rows if row["method"] == "structured"] == [False, False, True, True]
+    assert len([row for row in rows if row["method"] == "half of one layer"]) == 6
+    assert all((results / f"prune_{name}.png").exists() for name in ("structured", "layers"))
+
+
+@pytest.mark.parametrize(("flags", "said"), [(("-amount", "1.5"), "a share between 0 and 1"), (("-amount", "x"), "-amount")])
+def test_bad_input_is_said(run_script, flags, said):
+    done = run_script(SCRIPT, *flags)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_share_of_nothing_is_zero():
+    module = nn.Linear(2, 2)
+    assert sparsity(module) == 0 and exercise.share("0") == 0
