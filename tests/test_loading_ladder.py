@@ -48,8 +48,8 @@ def test_fresh_memory_costs_page_faults_and_the_ring_does_not(tmp_path):
         Image.fromarray(np.full((250, 250, 3), number, np.uint8)).save(tmp_path / f"{number}.jpg")
     import resource  # not on Windows
 
-    fresh = loading_ladder.FreshMemory(tmp_path, 64)  # 48 MB: the C library keeps blocks of up to 32 MB for itself
-    ring = loading_ladder.FastLoader(tmp_path, 64)
+    fresh = loading_ladder.FreshMemory(tmp_path, 128)  # 96 MB: the C library may keep up to 64 MB that earlier tests have freed
+    ring = loading_ladder.FastLoader(tmp_path, 128)
     faults = {}
     for name, loader in {"fresh": fresh, "ring": ring}.items():
         for epoch in range(6):
