@@ -121,12 +121,16 @@ def all_together(net: nn.Module, amount: float) -> list[dict]:
     return rows
 
 
+def remove_masks(net: nn.Module) -> None:
+    for _, module in prunable(net):
+        prune.remove(module, "weight")
+
+
 def make_permanent(net: nn.Module) -> None:
     """remove() multiplies the mask into the weight and forgets it: the zeros stay, the second tensor goes."""
     first = prunable(net)[0][1]
     before = tensors(first)
-    for _, module in prunable(net):
-        prune.remove(module, "weight")
+    remove_masks(net)
     print(f"\nbefore remove()\n{before}\nafter remove(): {sparsity_by_layer(net)[-1]['sparsity']:.1%} zeros, as before\n{tensors(first)}")
     weight = first.weight.detach().clone()
     first.weight.grad = torch.ones_like(first.weight)
@@ -173,9 +177,10 @@ if __name__ == "__main__":
     parser = new_parser(__doc__)
     flag = parser.add_argument
     flag("-amount", type=share, default=0.3, help="share of the weights to prune (default: 0.3)")
-    flag("-accuracy", action="store_true", help="accuracy over sparsity")
-    flag("-formats", action="store_true", help="file size and latency, format by format")
-    flag("-structured", action="store_true", help="remove whole channels")
+    part = parser.add_mutually_exclusive_group().add_argument
+    part("-accuracy", action="store_true", help="accuracy over sparsity")
+    part("-formats", action="store_true", help="file size and latency, format by format")
+    part("-structured", action="store_true", help="remove whole channels")
     flag("-data", help="folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
     flag("-epochs", type=positive_int, default=3, help="of fine-tuning, for -accuracy and -structured (default: 3)")
     args = parse(parser)

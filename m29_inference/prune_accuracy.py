@@ -15,11 +15,10 @@ from torch.nn.utils import prune
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import ConvNet
 from common import print_table, save_figure
 from m29_inference import prune as exercise
 from m29_inference.prune import accuracy, prunable, sparsity_by_layer
-from m29_inference.student import WIDTHS, student_and_data, train
+from m29_inference.student import copy_of, student_and_data, train
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 STEPS = 3
@@ -60,14 +59,13 @@ def iterative(network: nn.Module, data: dict, args, sparsity: float) -> tuple[No
 def measure(args) -> list[dict]:
     """A row for each method and sparsity: accuracy right after pruning, and after fine-tuning."""
     network, data = student_and_data(args)
-    state = {name: value.clone() for name, value in network.state_dict().items()}
+    untouched = copy_of(network)
     row = {"method": "unpruned", "sparsity": 0.0, "accuracy": accuracy(network, data)}
     tune(network, data, args, args.epochs)
     rows = [row | {"accuracy_tuned": accuracy(network, data)}]
     for sparsity in tqdm(SPARSITIES[2:3] if args.quick else SPARSITIES, "sparsities"):
         for name, method in {"one-shot": one_shot, "iterative": iterative}.items():
-            fresh = ConvNet(WIDTHS, "batch")  # and no deepcopy, which fails on a pruned network
-            fresh.load_state_dict(state)
+            fresh = copy_of(untouched)
             before, after = method(fresh, data, args, sparsity)
             reached = sparsity_by_layer(fresh)[-1]["sparsity"]
             rows.append({"method": name, "sparsity": reached, "accuracy": before, "accuracy_tuned": after})

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import ConvNet, normalize
+from cifar10 import normalize
 from common import measure_alternately, print_table, save_figure
 from m29_inference import prune as exercise
-from m29_inference.prune import prunable
+from m29_inference.prune import remove_masks
 from m29_inference.prune_accuracy import prune_all
 from m29_inference.sparse_files import FORMATS, load_sparse, save_sparse
-from m29_inference.student import WIDTHS, student_and_data
+from m29_inference.student import copy_of, student_and_data
 
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 LINEAR = 512  # inputs and outputs of the linear layer
@@ -32,8 +32,7 @@ CPU = torch.device("cpu")
 
 def pruned(network: nn.Module, sparsity: float) -> nn.Module:
     """A copy with the smallest weights at 0, the masks still in place."""
-    copied = ConvNet(WIDTHS, "batch").eval()
-    copied.load_state_dict(network.state_dict())
+    copied = copy_of(network)
     prune_all(copied, sparsity)
     return copied
 
@@ -44,8 +43,7 @@ def sizes(network: nn.Module, folder: Path) -> list[dict]:
     for sparsity in SPARSITIES:
         net = pruned(network, sparsity)
         rows.append({"format": "masked", "sparsity": sparsity, "size_mb": save_sparse(net.state_dict(), folder / "masked", "dense") / 1e6})
-        for _, module in prunable(net):
-            nn.utils.prune.remove(module, "weight")
+        remove_masks(net)
         state = net.state_dict()
         shapes = {name: value.shape for name, value in state.items()}
         for kind in FORMATS:
@@ -76,8 +74,7 @@ def time_convolutions(network: nn.Module, data: dict) -> list[dict]:
         images = normalize(data["test"].images[:batch])
         nets = {sparsity: pruned(network, sparsity) for sparsity in (0.0, 0.9)}
         for net in nets.values():
-            for _, module in prunable(net):
-                nn.utils.prune.remove(module, "weight")
+            remove_masks(net)
         with torch.inference_mode():
             timings = measure_alternately({sparsity: (lambda net=net, images=images: net(images)) for sparsity, net in nets.items()}, CPU)
         for sparsity, timing in timings.items():

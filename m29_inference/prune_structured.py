@@ -15,24 +15,18 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import ConvNet, normalize
+from cifar10 import normalize
 from common import measure_alternately, print_table, save_figure
 from m29_inference import prune as exercise
 from m29_inference.architectures import count_macs
 from m29_inference.prune import accuracy
 from m29_inference.prune_accuracy import tune
 from m29_inference.shrink import Link, links, rank, shrink, silence
-from m29_inference.student import WIDTHS, student_and_data
+from m29_inference.student import copy_of, student_and_data
 
 EIGHT = 8
 SHARES = (0.75, 0.5, 0.25)  # of the multiplications
 BATCHES = (1, 128)
-
-
-def copy_of(network: nn.Module) -> nn.Module:
-    copied = ConvNet(WIDTHS, "batch").eval()
-    copied.load_state_dict(network.state_dict())
-    return copied
 
 
 def kept_channels(link: Link, share: float) -> torch.Tensor:

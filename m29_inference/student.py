@@ -74,6 +74,13 @@ def trained_student(data: dict[str, Images], epochs: int, seed: int, device: tor
     return network.to(device, memory_format=torch.channels_last).eval()
 
 
+def copy_of(network: nn.Module) -> nn.Module:
+    """Another student with the same numbers, in eval mode; deepcopy would fail on a network that was pruned."""
+    copied = ConvNet(WIDTHS, "batch").eval()
+    copied.load_state_dict(network.state_dict())
+    return copied
+
+
 def student_and_data(args) -> tuple[nn.Module, dict[str, Images]]:
     """The student trained on `-data`, in PyTorch's own memory layout, and the data; with -quick fewer images and epochs."""
     data = load_cifar10(args.data, BATCH)

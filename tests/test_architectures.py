@@ -56,10 +56,9 @@ def test_the_front_and_the_advice():
         for name, ms, accuracy in [("slow", 50.0, 0.8), ("beaten", 20.0, 0.6), ("fast", 10.0, 0.7)]
     ]
     assert [row["model"] for row in architectures_report.pareto(rows)] == ["fast", "slow"]
-    assert "take fast" in architectures_report.advise(
-        rows, 30
-    ) and "slow is more accurate and needs 50.0 ms" in architectures_report.advise(rows, 30)
-    assert "take slow" in architectures_report.advise(rows, 60) and "the most accurate of all" in architectures_report.advise(rows, 60)
+    said = {budget: architectures_report.advise(rows, budget) for budget in (30, 60)}
+    assert "take fast" in said[30] and "slow is more accurate and needs 50.0 ms" in said[30]
+    assert "take slow" in said[60] and "the most accurate of all" in said[60]
     assert architectures_report.advise(rows, 5).startswith("No network here needs at most 5 ms; the fastest, fast")
 
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.nn.utils import prune
 
 from cifar10 import ConvNet, Images
 from m29_inference import prune as exercise
-from m29_inference.prune import LeNet, make_permanent, prunable, sparsity, sparsity_by_layer
+from m29_inference.prune import LeNet, make_permanent, prunable, remove_masks, sparsity, sparsity_by_layer
 from m29_inference.prune_accuracy import prune_all
 from m29_inference.prune_formats import break_even
 from m29_inference.prune_structured import cut, cut_to
@@ -141,8 +140,7 @@ def test_half_the_multiplications_are_not_exceeded(network):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_each_format_gives_back_every_bit(network, kind, tmp_path):
     prune_all(network, 0.8)
-    for _, module in prunable(network):
-        prune.remove(module, "weight")
+    remove_masks(network)
     state = network.state_dict()
     size = save_sparse(state, tmp_path / "file", kind)
     again = load_sparse(tmp_path / "file", kind, {name: value.shape for name, value in state.items()})
@@ -203,7 +201,9 @@ def test_whole_channels(run_script, results):
     assert all((results / f"prune_{name}.png").exists() for name in ("structured", "layers"))
 
 
-@pytest.mark.parametrize(("flags", "said"), [(("-amount", "1.5"), "a share between 0 and 1"), (("-amount", "x"), "-amount")])
+@pytest.mark.parametrize(
+    ("flags", "said"), [(("-amount", "1.5"), "a share between 0 and 1"), (("-accuracy", "-formats"), "not allowed with argument")]
+)
 def test_bad_input_is_said(run_script, flags, said):
     done = run_script(SCRIPT, *flags)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -14,7 +14,15 @@ from cifar10 import ConvNet, Images
 from common import InputError
 from m29_inference import int8, quantize_report, student
 from m29_inference.quantize_linear import PlainAttention, dynamic_int8, with_plain_attention
-from m29_inference.quantize_model import compiled, find_variants, load_converted, load_network, relative, say_what_is_missing
+from m29_inference.quantize_model import (
+    compare_accuracy,
+    compiled,
+    find_variants,
+    load_converted,
+    load_network,
+    relative,
+    say_what_is_missing,
+)
 from machine import cpu_has
 
 SCRIPT = "m29_inference/quantize.py"
@@ -278,3 +286,24 @@ def test_a_network_of_another_model_is_not_taken(graph, tmp_path, widths, resolu
     args = SimpleNamespace(load=int8.save_graph(graph, batches()[0], tmp_path / "net.pt2"), model="student")
     with pytest.raises(InputError, match="was made of another network than this student"):
         load_converted(args, ConvNet(widths, "batch").eval(), torch.randn(4, 3, resolution, resolution))
+
+
+def test_the_difference_in_accuracy_is_paired_and_has_its_interval(capsys):
+    """Of 400 images of class 0 the second network loses 4 that the first has and gains 2 that it had not."""
+    images = torch.zeros(400, 3, 32, 32, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(400) // 2  # tells the images apart: 200 kinds of two
+    kinds = {"first": {0}, "second": {1, 2}}  # wrong for these
+
+    def network(wrong):
+        def classify(batch):
+            kind = torch.round((batch[:, 0, 0, 0] * 0.2470 + 0.4914) * 255)
+            missed = sum(kind == number for number in wrong).bool()
+            return torch.stack([~missed, missed], 1).float()
+
+        return classify
+
+    data = {"test": Images(images, torch.zeros(400, dtype=torch.int64), ("a", "b"), "made")}
+    accuracy = compare_accuracy(network(kinds["first"]), network(kinds["second"]), data, quick=True)
+    assert accuracy == {"eager": pytest.approx(398 / 400), "int8": pytest.approx(396 / 400)}
+    # differences: -1 four times, +1 twice, else 0: mean -0.5 points, sd 0.1224, so 1.96 * sd / 20 = 1.20 points
+    assert "int8 -0.50 points (95 % interval +- 1.20), the same class as float32 for 98.50%" in capsys.readouterr().out
