@@ -26,6 +26,7 @@ from m29_inference.sparse_files import FORMATS, load_sparse, save_sparse
 from m29_inference.student import copy_of, student_and_data
 
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
+QUICK_SPARSITIES = (0.0, 0.5, 0.9, 0.99)
 LINEAR = 512  # inputs and outputs of the linear layer
 CPU = torch.device("cpu")
 
@@ -37,10 +38,10 @@ def pruned(network: nn.Module, sparsity: float) -> nn.Module:
     return copied
 
 
-def sizes(network: nn.Module, folder: Path) -> list[dict]:
+def sizes(network: nn.Module, folder: Path, sparsities: tuple[float, ...]) -> list[dict]:
     """A row for each format and sparsity: MB, after what was read again was found to be the same. "masked" is before remove()."""
     rows = []
-    for sparsity in SPARSITIES:
+    for sparsity in sparsities:
         net = pruned(network, sparsity)
         rows.append({"format": "masked", "sparsity": sparsity, "size_mb": save_sparse(net.state_dict(), folder / "masked", "dense") / 1e6})
         remove_masks(net)
@@ -82,12 +83,12 @@ def time_convolutions(network: nn.Module, data: dict) -> list[dict]:
     return rows
 
 
-def time_linear(generator: torch.Generator) -> list[dict]:
+def time_linear(generator: torch.Generator, sparsities: tuple[float, ...]) -> list[dict]:
     """One linear layer, dense and as CSR, over sparsity, batch 1 and 64: latency, and how many times as fast as dense."""
     rows = []
     for batch in (1, 64):
         x = torch.randn(batch, LINEAR, generator=generator)
-        for sparsity in SPARSITIES[5:]:
+        for sparsity in sparsities:
             weight = torch.randn(LINEAR, LINEAR, generator=generator)
             weight[torch.rand(LINEAR, LINEAR, generator=generator) < sparsity] = 0
             csr = weight.to_sparse_csr()
@@ -106,16 +107,17 @@ def measure(args) -> list[dict]:
     """Sizes by format and sparsity, then latencies; two figures."""
     warnings.filterwarnings("ignore", message=".*[Ss]parse.*tensor")  # that CSR is in beta, that what is loaded is validated
     network, data = student_and_data(args)
+    sparsities = QUICK_SPARSITIES if args.quick else SPARSITIES
     with tempfile.TemporaryDirectory() as folder:
-        files = sizes(network, Path(folder))
-    table = [{"sparsity": sparsity} for sparsity in SPARSITIES]
+        files = sizes(network, Path(folder), sparsities)
+    table = [{"sparsity": sparsity} for sparsity in sparsities]
     for row in files:
-        table[SPARSITIES.index(row["sparsity"])][f"{row['format']}_mb"] = row["size_mb"]
+        table[sparsities.index(row["sparsity"])][f"{row['format']}_mb"] = row["size_mb"]
     print_table(table)
     for kind in FORMATS[1:]:
         even = break_even(files, kind)
         print(f"{kind}: smaller than the dense file {'never' if even is None else f'from {even:.0%} zeros on'}; read again bit for bit")
-    times = time_convolutions(network, data) + time_linear(torch.Generator().manual_seed(args.seed))
+    times = time_convolutions(network, data) + time_linear(torch.Generator().manual_seed(args.seed), sparsities[-len(sparsities) // 2 :])
     print()
     print_table(times)
     save_figure(plot_sizes(files), exercise.__file__, "formats", args, "the student of 288,746 parameters")
