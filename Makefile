@@ -34,6 +34,8 @@ m29: $(READY)
 	$(RUN) m29_inference/prune.py -quick -accuracy
 	$(RUN) m29_inference/prune.py -quick -formats
 	$(RUN) m29_inference/prune.py -quick -structured
+	$(RUN) m29_inference/student.py -quick
+	$(RUN) m29_inference/distill.py -quick
 
 test: $(READY)
 	$(RUN) -m pytest

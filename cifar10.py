@@ -133,6 +133,18 @@ def decode_once(rows) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
+def stratified(data: Images, n: int) -> Images:
+    """The first n images with as many of each class, in their order."""
+    if n > len(data):
+        raise InputError(f"-limit {n}: there are only {len(data):,} training images")
+    order = torch.sort(data.labels, stable=True).indices
+    ranks = torch.empty_like(order)  # how many of its class stand before each image
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), data.labels.bincount().cumsum(0)[:-1]])
+    ranks[order] = torch.arange(len(data)) - starts[data.labels[order]]
+    picked = torch.sort(ranks, stable=True).indices[:n].sort().values
+    return Images(data.images[picked], data.labels[picked], data.classes, data.name)
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 

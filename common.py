@@ -154,6 +154,13 @@ def non_negative_int(text: str) -> int:
     return _whole_number(text, 0)
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a share between 0 and 1 is expected")
+    return value
+
+
 def seed(text: str) -> int:
     return _whole_number(text, 0, 2**32 - 1)  # NumPy takes no larger one
 

@@ -11,7 +11,6 @@ ones, and computes `weight` as their product before every forward pass. So a pru
 "Unstructured" pruning zeroes single weights; "structured" pruning takes whole channels, which can then be cut out of the tensors.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import new_parser, parse, positive_int, print_table, save_results
-from m29_inference.student import answers, student_and_data
+from common import new_parser, parse, positive_int, print_table, save_results, share
+from m29_inference.student import accuracy, student_and_data
 
 
 class LeNet(nn.Module):
@@ -145,11 +144,6 @@ def make_permanent(net: nn.Module) -> None:
 # ---- a trained network -----------------------------------------------------------------------------------------------
 
 
-def accuracy(network: nn.Module, data: dict) -> float:
-    """Share of the test images that `network` answers right."""
-    return (answers(network.eval(), data["test"], torch.device("cpu")) == data["test"].labels).double().mean().item()
-
-
 def main(args) -> list[dict]:
     torch.manual_seed(args.seed)
     net = LeNet()
@@ -158,19 +152,17 @@ def main(args) -> list[dict]:
     whole_net(args.amount)
     by_kind()
     network, data = student_and_data(args)
-    rows = [{"method": "none", "sparsity": 0.0, "accuracy": accuracy(network, data)}]
+    rows = [{"method": "none", "sparsity": 0.0, "accuracy": accuracy(network, data["test"])}]
     print(f"\nthe trained student on {data['test'].name}, before: {rows[0]['accuracy']:.2%} right")
-    rows.append({"method": "global", "sparsity": all_together(network, args.amount)[-1]["sparsity"], "accuracy": accuracy(network, data)})
+    rows.append(
+        {"method": "global", "sparsity": all_together(network, args.amount)[-1]["sparsity"], "accuracy": accuracy(network, data["test"])}
+    )
     make_permanent(network)
-    rows.append({"method": "global, removed", "sparsity": sparsity_by_layer(network)[-1]["sparsity"], "accuracy": accuracy(network, data)})
+    rows.append(
+        {"method": "global, removed", "sparsity": sparsity_by_layer(network)[-1]["sparsity"], "accuracy": accuracy(network, data["test"])}
+    )
     print_table(rows)
     return rows
-
-
-def share(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a share between 0 and 1 is expected")
-    return value
 
 
 if __name__ == "__main__":

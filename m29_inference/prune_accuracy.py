@@ -17,8 +17,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import print_table, save_figure
 from m29_inference import prune as exercise
-from m29_inference.prune import accuracy, prunable, sparsity_by_layer
-from m29_inference.student import copy_of, student_and_data, train
+from m29_inference.prune import prunable, sparsity_by_layer
+from m29_inference.student import accuracy, copy_of, student_and_data, train
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 STEPS = 3
@@ -42,9 +42,9 @@ def tune(network: nn.Module, data: dict, args, epochs: int) -> None:
 def one_shot(network: nn.Module, data: dict, args, sparsity: float) -> tuple[float, float]:
     """Accuracy right after pruning, and after all of the fine-tuning."""
     prune_all(network, sparsity)
-    before = accuracy(network, data)
+    before = accuracy(network, data["test"])
     tune(network, data, args, args.epochs)
-    return before, accuracy(network, data)
+    return before, accuracy(network, data["test"])
 
 
 def iterative(network: nn.Module, data: dict, args, sparsity: float) -> tuple[None, float]:
@@ -53,16 +53,16 @@ def iterative(network: nn.Module, data: dict, args, sparsity: float) -> tuple[No
     for step in range(STEPS):
         prune_all(network, 1 - kept)
         tune(network, data, args, args.epochs // STEPS + (step < args.epochs % STEPS))
-    return None, accuracy(network, data)
+    return None, accuracy(network, data["test"])
 
 
 def measure(args) -> list[dict]:
     """A row for each method and sparsity: accuracy right after pruning, and after fine-tuning."""
     network, data = student_and_data(args)
     untouched = copy_of(network)
-    row = {"method": "unpruned", "sparsity": 0.0, "accuracy": accuracy(network, data)}
+    row = {"method": "unpruned", "sparsity": 0.0, "accuracy": accuracy(network, data["test"])}
     tune(network, data, args, args.epochs)
-    rows = [row | {"accuracy_tuned": accuracy(network, data)}]
+    rows = [row | {"accuracy_tuned": accuracy(network, data["test"])}]
     for sparsity in tqdm(SPARSITIES[2:3] if args.quick else SPARSITIES, "sparsities"):
         for name, method in {"one-shot": one_shot, "iterative": iterative}.items():
             fresh = copy_of(untouched)

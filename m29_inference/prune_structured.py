@@ -19,10 +19,9 @@ from cifar10 import normalize
 from common import measure_alternately, print_table, save_figure
 from m29_inference import prune as exercise
 from m29_inference.architectures import count_macs
-from m29_inference.prune import accuracy
 from m29_inference.prune_accuracy import tune
 from m29_inference.shrink import Link, links, rank, shrink, silence
-from m29_inference.student import copy_of, student_and_data
+from m29_inference.student import accuracy, copy_of, student_and_data
 
 EIGHT = 8
 SHARES = (0.75, 0.5, 0.25)  # of the multiplications
@@ -77,7 +76,7 @@ def sensitivity(network: nn.Module, data: dict) -> list[dict]:
     """Accuracy with half of one layer's channels cut and nothing tuned, layer by layer."""
     rows = []
     for link in tqdm(links(network), "layers", leave=False):
-        rows.append({"method": "half of one layer", "layer": link.name, "accuracy": accuracy(cut(network, 0.5, link.name), data)})
+        rows.append({"method": "half of one layer", "layer": link.name, "accuracy": accuracy(cut(network, 0.5, link.name), data["test"])})
     return rows
 
 
@@ -94,11 +93,11 @@ def measure(args) -> list[dict]:
             "method": "structured",
             "widths": widths,
             "macs_left": count_macs(net, 32)["ptflops"] / full_macs,
-            "accuracy": accuracy(net, data),
+            "accuracy": accuracy(net, data["test"]),
         }
         tune(net, data, args, args.epochs)
         row["parameters"] = sum(parameter.numel() for parameter in net.parameters())
-        row["accuracy_tuned"] = accuracy(net.to(memory_format=torch.contiguous_format), data)
+        row["accuracy_tuned"] = accuracy(net.to(memory_format=torch.contiguous_format), data["test"])
         rows += [row | times for times in time_both(network, net, data)]
     print_table(rows)
     print()

@@ -269,14 +269,14 @@ def test_training_is_done_once_and_a_damaged_file_is_made_again(tmp_path, monkey
     monkeypatch.setattr(student, "DATA", tmp_path)
     generator = torch.Generator().manual_seed(0)
     images = Images(torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(256) % 10, (), "noise")
-    first = student.trained_student({"train": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
-    assert "trained before" not in capsys.readouterr().out
-    again = student.trained_student({"train": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
-    assert "trained before" in capsys.readouterr().out
+    first, _ = student.trained_student({"train": images, "test": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
+    assert "1 epochs were trained before" not in capsys.readouterr().out
+    again, _ = student.trained_student({"train": images, "test": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
+    assert "1 epochs were trained before" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     [file] = (tmp_path / "students").iterdir()
     file.write_bytes(file.read_bytes()[:100])
-    anew = student.trained_student({"train": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
+    anew, _ = student.trained_student({"train": images, "test": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), anew.parameters(), strict=True))
 
 

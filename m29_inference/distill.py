@@ -1,0 +1,246 @@
+"""Knowledge distillation: a small network learns from what a large one thinks of each image, and not from the labels alone.
+
+    python m29_inference/distill.py                              our own teacher; students alone and distilled, two seeds each
+    python m29_inference/distill.py -data FOLDER -seeds 0 1 2    on the real CIFAR-10, three seeds
+    python m29_inference/distill.py -teacher aaraki/vit-base-patch16-224-in21k-finetuned-cifar10 -limit 10000
+                                                                 the course's Vision Transformer as the teacher, a fifth of the images
+    python m29_inference/distill.py -sweep -epochs 4             which temperature, which alpha?
+    torchrun --nproc-per-node 2 m29_inference/distill.py -teacher FOLDER
+                                                                 only computes the teacher's logits, in two processes
+
+A label says "cat". The teacher says "cat, perhaps a dog, surely no truck": its logits, divided by a temperature T > 1 to make the small
+ones count, are a probability for every class. The student's, divided by the same T, shall be like them.
+
+Both kinds of student have the same first weights, the same order of images and the same augmentation, seed by seed, so that the
+difference is the loss's alone. The loop is train() in student.py. Without -epochs the first student, which learns alone, decides how long
+all train: up to the plateau of its loss at the full learning rate, and as many epochs again while the rate falls to 0.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import ConvNet, Images, load_cifar10, normalize, stratified
+from common import (
+    InputError,
+    measure_alternately,
+    new_parser,
+    parse,
+    positive_int,
+    print_table,
+    save_figure,
+    save_results,
+    share,
+)
+from common import seed as seed_number
+from m29_inference.architectures import count_macs
+from m29_inference.distill_report import ALONE, DISTILLED, plot_curves, plot_knowledge, plot_sweep, say
+from m29_inference.sparse_files import save_sparse
+from m29_inference.student import BATCH, EPOCHS, hard_loss, quick_part, train, training_file
+from m29_inference.student import WIDTHS as NETWORK_WIDTHS
+from m29_inference.teacher import (
+    UNCHANGED,
+    Teacher,
+    cache_folder,
+    cached_logits,
+    compute_logits,
+    load_pretrained,
+    own_teacher,
+    pretrained_teacher,
+)
+
+WIDTHS = (16, 32, 64)  # of the student: 73,000 parameters
+TEACHER_WIDTHS = (64, 128, 384)  # two million; on the drawn sample the network that the other exercises use will do
+SAMPLE_EPOCHS = 4  # of the students on the drawn sample, which is learnt soon
+TEMPERATURES, ALPHAS = (1.0, 2.0, 4.0, 8.0), (0.5, 0.9)  # of the sweep
+GATE = 500  # test images on which a teacher is measured before anything is computed with it
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 times the divergence of the student's classes from the teacher's, both at temperature T; logits (n, classes) -> a scalar >= 0.
+
+    The gradient of the softened classes is about T^2 times as small as at T = 1; the factor makes up for that, so that alpha means
+    the same at every temperature. Hinton, Vinyals and Dean 2015, arxiv.org/abs/1503.02531.
+    """
+    ours = nn.functional.log_softmax(student / temperature, dim=1)
+    theirs = nn.functional.log_softmax(teacher / temperature, dim=1)
+    divergence = (theirs.exp() * (theirs - ours)).sum(1)  # sum over classes of p log(p / q), for each image
+    return temperature**2 * divergence.mean()
+
+
+def mixed_loss(logits, labels, indices, epoch, views: dict[int, torch.Tensor], args) -> torch.Tensor:
+    """alpha of it is about the teacher's opinion of these images as this epoch shows them, the rest about the labels; a scalar."""
+    teacher = views[epoch if epoch in views else UNCHANGED][indices].float().to(logits.device)
+    hard = hard_loss(logits, labels, indices, epoch)
+    return args.alpha * distillation_loss(logits, teacher, args.temperature) + (1 - args.alpha) * hard
+
+
+# ---- teacher and students --------------------------------------------------------------------------------------------
+
+
+def find_teacher(args, data: dict[str, Images], real: bool, pretrained) -> Teacher:
+    """The teacher, after its accuracy was measured; InputError when that is less than -min_teacher_accuracy."""
+    if pretrained:
+        teacher = pretrained_teacher(args.teacher, *pretrained, data["test"].classes, args.device)
+    elif real:
+        teacher = own_teacher(data, TEACHER_WIDTHS, args.teacher_epochs, args.seed, args.device)
+    else:
+        teacher = own_teacher(data, NETWORK_WIDTHS, args.teacher_epochs or (4 if args.quick else EPOCHS), args.seed, args.device)
+    some = data["test"][:GATE]
+    reached = (teacher.logits(some.images).argmax(1) == some.labels).double().mean().item()
+    print(f"{teacher.name}: {reached:.1%} of {len(some)} test images right")
+    if reached < args.min_teacher_accuracy:
+        raise InputError(
+            f"{teacher.name} is right for {reached:.1%} of the test images, less than -min_teacher_accuracy {args.min_teacher_accuracy}: "
+            "a student would learn its errors"
+        )
+    return teacher
+
+
+def train_student(
+    args, data: dict[str, Images], seed: int, epochs: int | None, views: dict | None, key: str
+) -> tuple[nn.Module, list[dict]]:
+    """A student from the first weights of `seed`, distilled where there are views, else alone; the network and a row an epoch."""
+    print(f"student {f'distilled at T = {args.temperature:g}, alpha = {args.alpha:g}' if views else 'alone'}, seed {seed}", flush=True)
+    torch.manual_seed(seed)
+    network = ConvNet(WIDTHS, "batch")
+    file = training_file(data["train"], WIDTHS, epochs, seed, (key, args.temperature, args.alpha) if views else "alone")
+    loss_of = partial(mixed_loss, views=views, args=args) if views else hard_loss
+    rows = train(network, data["train"], epochs, seed, args.device, loss_of=loss_of, views=0, test=data["test"], file=file)
+    return network, rows
+
+
+def views_of(args, epochs: int | None) -> list[int]:
+    """The views that the teacher sees."""
+    if args.views == "once":
+        return [UNCHANGED]
+    if not epochs:
+        raise InputError("how many views there are follows from the epochs: give -epochs, or -views once")
+    return list(range(epochs))
+
+
+def costs(networks: dict[str, nn.Module], image: dict[str, torch.Tensor], device: torch.device) -> dict[str, dict]:
+    """For each network what an image costs: parameters, GMACs, latency at batch 1 (measured in turn), MB of its file."""
+    calls = {name: (lambda network=network, x=image[name]: network(x)) for name, network in networks.items()}
+    with torch.inference_mode():
+        timings = measure_alternately(calls, device)
+    rows = {}
+    for name, network in networks.items():
+        with tempfile.TemporaryDirectory() as folder:
+            size = save_sparse(network.state_dict(), Path(folder, "network"), "dense")
+        rows[name] = {
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "gmacs": count_macs(network, image[name].shape[-1])["flop_counter"],
+            "latency_ms": timings[name].median_ms,
+            "size_mb": size / 1e6,
+        }
+    return rows
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+
+def compare(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -> list[dict]:
+    """Students alone and distilled, seed by seed: a row each and one for the teacher; table, verdict and figures."""
+    curves, views, key = {ALONE: [], DISTILLED: []}, None, f"{cache_folder(teacher, data['train']).name} {args.views}"
+    for seed in args.seeds:
+        student, rows = train_student(args, data, seed, epochs, None, key)
+        epochs = len(rows)
+        views = views or cached_logits(teacher, data["train"], views_of(args, epochs))
+        _, distilled = train_student(args, data, seed, epochs, views, key)
+        curves[ALONE].append(rows)
+        curves[DISTILLED].append(distilled)
+    right = cached_logits(teacher, data["test"], [UNCHANGED])[UNCHANGED].argmax(1) == data["test"].labels
+    image = data["test"].images[:1].to(args.device)
+    cost = costs({"teacher": teacher.module, ALONE: student}, {"teacher": teacher.prepare(image), ALONE: normalize(image)}, args.device)
+    table = [{"model": "teacher", "accuracy": right.double().mean().item(), **cost["teacher"]}]
+    for model, runs in curves.items():
+        for seed, rows in zip(args.seeds, runs, strict=True):
+            last = {key: rows[-1][key] for key in ("accuracy", "train_s")}
+            table.append({"model": model, "seed": seed, "epochs": epochs, **last, **cost[ALONE]})
+    say(table, curves)
+    note = f"{len(args.seeds)} seeds, {len(data['train']):,} images of {data['train'].name}"
+    save_figure(plot_curves(curves, table[0]["accuracy"]), __file__, "curves", args, note)
+    some = teacher.logits(data["test"].images[: 5 * GATE])
+    save_figure(plot_knowledge(data["test"], some, args.temperature), __file__, "knowledge", args, f"{len(some):,} test images")
+    return table
+
+
+def sweep(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -> list[dict]:
+    """One student for each temperature and alpha, all from the first seed, beside one that learnt alone; a figure."""
+    key = f"{cache_folder(teacher, data['train']).name} {args.views}"
+    _, rows = train_student(args, data, args.seeds[0], epochs, None, key)
+    table = [{"model": ALONE, "accuracy": rows[-1]["accuracy"], "epochs": len(rows)}]
+    views = cached_logits(teacher, data["train"], views_of(args, len(rows)))
+    for args.temperature, args.alpha in itertools.product(TEMPERATURES, ALPHAS):
+        _, rows = train_student(args, data, args.seeds[0], len(rows), views, key)
+        setting = {"temperature": args.temperature, "alpha": args.alpha}
+        table.append({"model": DISTILLED, "accuracy": rows[-1]["accuracy"], "epochs": len(rows), **setting})
+    print_table(table)
+    save_figure(plot_sweep(table), __file__, "sweep", args, f"one seed, {len(rows)} epochs: differences of a point may be noise")
+    return table
+
+
+def main(args) -> list[dict]:
+    pretrained = None if args.teacher == "train" else load_pretrained(args.teacher)
+    args.views = args.views or ("once" if pretrained else "every_epoch")
+    data = load_cifar10(args.data, BATCH)
+    data = quick_part(data) if args.quick else data
+    if args.limit:
+        data["train"] = stratified(data["train"], args.limit)
+    real = data["train"].name == "CIFAR-10" and not args.quick
+    epochs = args.epochs or (None if real else 2 if args.quick else SAMPLE_EPOCHS)
+    teacher = find_teacher(args, data, real, pretrained)
+    if "RANK" in os.environ:
+        rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        for split, views in {"train": views_of(args, epochs), "test": [UNCHANGED]}.items():
+            compute_logits(teacher, data[split], views, cache_folder(teacher, data[split]), rank, processes)
+        sys.exit()
+    return (sweep if args.sweep else compare)(args, data, teacher, epochs)
+
+
+def above_zero(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a number above 0 is expected")
+    return value
+
+
+if __name__ == "__main__":
+    parser = new_parser(__doc__)
+    flag = parser.add_argument
+    flag("-data", help="folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
+    flag(
+        "-teacher",
+        default="train",
+        help="folder or hub id of an image classifier (default: train, our own network of 2 million parameters)",
+    )
+    flag("-min_teacher_accuracy", type=share, default=0.6, help="refuse a teacher below (default: 0.6)")
+    flag("-seeds", type=seed_number, nargs="+", default=[0, 1], help="of the students, at least two (default: 0 1)")
+    flag("-epochs", type=positive_int, help=f"of the students (default: to convergence; {SAMPLE_EPOCHS} on the drawn sample)")
+    flag("-teacher_epochs", type=positive_int, help="of our own teacher (default: likewise)")
+    flag("-temperature", type=above_zero, default=4.0, help="divides the logits of both (default: 4)")
+    flag("-alpha", type=share, default=0.9, help="weight of the teacher's opinion, the rest is the labels' (default: 0.9)")
+    flag(
+        "-views",
+        choices=["every_epoch", "once"],
+        help="show the teacher every epoch's augmented images, or each image once (default: once for -teacher ID)",
+    )
+    flag("-limit", type=positive_int, help="train on so many images, as many of each class (default: all)")
+    flag("-sweep", action="store_true", help="a student for each of some temperatures and alphas")
+    args = parse(parser)
+    if len(set(args.seeds)) < 2:
+        parser.error("argument -seeds: at least two different ones are needed to tell a gain from chance")
+    rows = main(args)
+    save_results(__file__, args, rows)

@@ -1,0 +1,181 @@
+"""The teacher of distill.py: an image classifier of the Hugging Face hub or of a folder, or our own network, and its logits on disk.
+
+What a teacher says about an image is the same in every training, so it is computed once for each view (the images as augmented in one
+epoch) and kept, in files of CHUNK images. A run that was killed goes on after the last whole file; several processes can share the work.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import Images, augment, normalize
+from common import DATA, InputError, atomic_path
+from data.fetch import online
+from m29_inference.int8 import quiet
+from m29_inference.student import fast_format, trained_student
+
+CHUNK = 2000  # images a file: seconds of our network, two minutes of a Vision Transformer on two cores
+UNCHANGED = -1  # the view without augmentation
+OTHER_NAMES = {"plane": "airplane", "car": "automobile"}
+
+
+@dataclass
+class Teacher:
+    """What gives logits (n, classes), in the data's order of classes, for uint8 images (n, 3, 32, 32)."""
+
+    name: str
+    module: nn.Module
+    prepare: Callable[[torch.Tensor], torch.Tensor]  # uint8 images -> what the module takes
+    device: torch.device
+    preparation: str = "normalize"  # what `prepare` does, in words
+    batch: int = 250
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 (n, classes), on the CPU."""
+        parts = []
+        with torch.inference_mode(), torch.autocast(**fast_format(self.device)):
+            for some in images.split(self.batch):
+                parts.append(self.module(self.prepare(some.to(self.device))).float().cpu())
+        return torch.cat(parts)
+
+    def fingerprint(self) -> str:
+        """Of all its numbers and of how images are prepared: another teacher has another one."""
+        digest = hashlib.sha256(self.preparation.encode())
+        for value in self.module.state_dict().values():
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+# ---- which teacher ---------------------------------------------------------------------------------------------------
+
+
+def own_teacher(data: dict[str, Images], widths: tuple, epochs: int | None, seed: int, device: torch.device) -> Teacher:
+    """Our network of these widths, trained on these data on first use."""
+    network, _ = trained_student(data, epochs, seed, device, widths)
+    return Teacher("teacher", network, lambda images: normalize(images).contiguous(memory_format=torch.channels_last), device)
+
+
+class Pretrained(nn.Module):
+    """A classifier of the library transformers as a plain network: what its processor made of images -> logits (n, classes)."""
+
+    def __init__(self, classifier: nn.Module, order: list[int]) -> None:
+        super().__init__()
+        self.classifier, self.order = classifier, order
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.classifier(pixel_values=pixels).logits[:, self.order]
+
+
+def load_pretrained(source: str):
+    """The image processor and the classifier of a folder or an id of the hub; InputError in two seconds where there is none."""
+    here = Path(source).exists()
+    if not here and not online("https://huggingface.co"):
+        if not fetched_before(source):
+            raise InputError(
+                f"-teacher {source}: no such folder, and the Hugging Face hub cannot be reached: give a folder that "
+                "save_pretrained() wrote, or leave -teacher out, then one is trained here"
+            )
+        os.environ["HF_HUB_OFFLINE"] = "1"  # otherwise it would try for half a minute
+    with quiet():
+        try:
+            from transformers import AutoImageProcessor, AutoModelForImageClassification, logging
+        except ImportError as error:
+            raise InputError(f"transformers is missing ({error}): pip install -r requirements.txt") from error
+        logging.set_verbosity_error()
+        if here:
+            logging.disable_progress_bar()
+        try:
+            return AutoImageProcessor.from_pretrained(source), AutoModelForImageClassification.from_pretrained(source).eval()
+        except Exception as error:  # the library raises errors of many kinds
+            reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+            where = "no image classifier in this folder" if here else "not to be had from the hub"
+            raise InputError(f"-teacher {source}: {where} ({reason})") from error
+
+
+def fetched_before(source: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):  # no id of the hub
+        return isinstance(try_to_load_from_cache(source, "config.json"), str)
+    return False
+
+
+def pretrained_teacher(source: str, processor, classifier: nn.Module, classes: tuple[str, ...], device: torch.device) -> Teacher:
+    """A classifier with these classes, whatever their order; InputError where they are others."""
+    order = match_classes(source, classifier.config.id2label, classes)
+
+    def prepare(images: torch.Tensor) -> torch.Tensor:
+        return processor(images=images, return_tensors="pt", device=device)["pixel_values"]
+
+    return Teacher(source, Pretrained(classifier, order).to(device).eval(), prepare, device, processor.to_json_string(), batch=50)
+
+
+def match_classes(source: str, names: dict[int, str], classes: tuple[str, ...]) -> list[int]:
+    """The teacher's output for each class of the data, by name; in its own order where it names them LABEL_0, LABEL_1 ..."""
+    if len(names) != len(classes):
+        raise InputError(f"-teacher {source} knows {len(names):,} classes, the data have {len(classes)}: give one fine-tuned on these data")
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names.values()):
+        print(f"{source} does not name its classes: taken in the data's order, which its accuracy will confirm or not")
+        return list(range(len(classes)))
+    index = {OTHER_NAMES.get(name.lower().strip(), name.lower().strip()): number for number, name in names.items()}
+    if missing := [name for name in classes if name.lower() not in index]:
+        raise InputError(f"-teacher {source} does not know {', '.join(missing)}: its classes are {', '.join(names.values())}")
+    return [index[name.lower()] for name in classes]
+
+
+# ---- its logits, kept ------------------------------------------------------------------------------------------------
+
+
+def cache_folder(teacher: Teacher, data: Images) -> Path:
+    """A folder for this teacher and these images: logits of others are never taken for theirs."""
+    digest = hashlib.sha256(teacher.fingerprint().encode() + data.images.numpy().tobytes())
+    return DATA / "teacher_logits" / digest.hexdigest()[:16]
+
+
+def view_of(data: Images, view: int, first: int) -> torch.Tensor:
+    """The CHUNK images from `first` on as they are in epoch `view` of a training whose augmentation has seed 0."""
+    indices = torch.arange(first, min(first + CHUNK, len(data)))
+    images = data.images[indices]
+    return images if view == UNCHANGED else augment(images, indices, 0, view, len(data))
+
+
+def chunk_file(folder: Path, view: int, first: int) -> Path:
+    return folder / f"view{view:+04}_{first:06}.npz"
+
+
+def read_chunk(file: Path) -> torch.Tensor | None:
+    """float16 (up to CHUNK, classes); None where there is no whole file."""
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as arrays:
+        return torch.from_numpy(arrays["logits"])
+    return None
+
+
+def compute_logits(teacher: Teacher, data: Images, views: list[int], folder: Path, rank: int = 0, processes: int = 1) -> None:
+    """Compute the chunks that are missing or damaged; of `processes` that share the work each takes its part."""
+    jobs = [(view, first) for view in views for first in range(0, len(data), CHUNK)][rank::processes]
+    missing = [job for job in jobs if read_chunk(chunk_file(folder, *job)) is None]
+    if 0 < len(missing) < len(jobs):
+        print(f"logits of {len(jobs) - len(missing)} of {len(jobs)} chunks were computed before")
+    for view, first in tqdm(missing, "logits of the teacher", unit="chunk", leave=False, disable=rank > 0):
+        logits = teacher.logits(view_of(data, view, first)).half().numpy()
+        with atomic_path(chunk_file(folder, view, first)) as temporary:
+            np.savez(temporary, logits=logits)
+
+
+def cached_logits(teacher: Teacher, data: Images, views: list[int]) -> dict[int, torch.Tensor]:
+    """For each view the teacher's logits of all images, float16 (n, classes)."""
+    folder = cache_folder(teacher, data)
+    compute_logits(teacher, data, views, folder)
+    return {view: torch.cat([read_chunk(chunk_file(folder, view, first)) for first in range(0, len(data), CHUNK)]) for view in views}
