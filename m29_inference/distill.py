@@ -184,7 +184,8 @@ def sweep(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -
     _, rows = train_student(args, data, args.seeds[0], epochs, None, key)
     table = [{"model": ALONE, "accuracy": rows[-1]["accuracy"], "epochs": len(rows)}]
     views = cached_logits(teacher, data["train"], views_of(args, len(rows)))
-    for args.temperature, args.alpha in itertools.product(TEMPERATURES, ALPHAS):
+    settings = list(itertools.product(TEMPERATURES, ALPHAS))
+    for args.temperature, args.alpha in settings[:2] if args.quick else settings:
         _, rows = train_student(args, data, args.seeds[0], len(rows), views, key)
         setting = {"temperature": args.temperature, "alpha": args.alpha}
         table.append({"model": DISTILLED, "accuracy": rows[-1]["accuracy"], "epochs": len(rows), **setting})

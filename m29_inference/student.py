@@ -78,9 +78,10 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     rows = restore(file, network, optimizer, device)
     steps, views = len(data) // BATCH, seed if views is None else views
-    bar = tqdm(desc="training", unit="step", leave=False, initial=len(rows) * steps)
+    bar = tqdm(unit="step", leave=False, initial=len(rows) * steps)
     while (total := epochs or converged_at(rows)) is None or len(rows) < total:
         bar.total, epoch = total and total * steps, len(rows)
+        bar.set_description(f"training, epoch {epoch + 1} of {total or '?'}")
         order, losses, begin = epoch_order(seed, epoch, len(data)), [], time.perf_counter()
         network.train()
         for step in range(steps):
