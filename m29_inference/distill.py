@@ -185,9 +185,10 @@ def sweep(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -
     table = [{"model": ALONE, "accuracy": rows[-1]["accuracy"], "epochs": len(rows)}]
     views = cached_logits(teacher, data["train"], views_of(args, len(rows)))
     settings = list(itertools.product(TEMPERATURES, ALPHAS))
-    for args.temperature, args.alpha in settings[:2] if args.quick else settings:
+    for temperature, alpha in settings[:2] if args.quick else settings:
+        args.temperature, args.alpha = temperature, alpha
         _, rows = train_student(args, data, args.seeds[0], len(rows), views, key)
-        setting = {"temperature": args.temperature, "alpha": args.alpha}
+        setting = {"temperature": temperature, "alpha": alpha}
         table.append({"model": DISTILLED, "accuracy": rows[-1]["accuracy"], "epochs": len(rows), **setting})
     print_table(table)
     save_figure(plot_sweep(table), __file__, "sweep", args, f"one seed, {len(rows)} epochs: differences of a point may be noise")
