@@ -59,6 +59,19 @@ def start_script():
 
 
 @pytest.fixture
+def check_refusals(start_script):
+    """check_refusals(script, {flags: (exit code, part of what is said)}): all side by side, as most of it is waiting for imports."""
+
+    def check(script: str, cases: dict[tuple, tuple[int, str]], **environment) -> None:
+        runs = {flags: start_script(script, *flags, **environment) for flags in cases}
+        for flags, (code, said) in cases.items():
+            _, error = runs[flags].communicate(timeout=120)
+            assert runs[flags].returncode == code and said in error and "Traceback" not in error, (flags, error)
+
+    return check
+
+
+@pytest.fixture
 def press_ctrl_c():
     """Press Ctrl-C as a terminal does: the script and all its processes get it; what it said, once it ended in time."""
 

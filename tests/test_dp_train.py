@@ -91,15 +91,10 @@ def test_the_bare_command_counts_bytes_and_says_nothing_about_dataparallels_spee
 
 
 @no_gpu
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["-devices", "3"], "-devices 3 does not divide -batch_size 128: every device takes an equal part"),
-        (["-batch_size", "10002"], "-batch_size 10002 is more than the 10,000 training images of the drawn sample"),
-        (["-device_ids", "0", "1"], "-device_ids 0: there are 0 GPUs here, counted from 0"),
-    ],
-)
-def test_what_cannot_work_is_said(run_script, flags, said):
-    done = run_script(SCRIPT, *SMALL, *flags)
-    assert done.returncode == 1
-    assert done.stderr == f"error: {said}\n"
+def test_what_cannot_work_is_said(check_refusals):
+    cases = {
+        (*SMALL, "-devices", "3"): (1, "error: -devices 3 does not divide -batch_size 128: every device takes an equal part\n"),
+        (*SMALL, "-batch_size", "10002"): (1, "-batch_size 10002 is more than the 10,000 training images of the drawn sample\n"),
+        (*SMALL, "-device_ids", "0", "1"): (1, "error: -device_ids 0: there are 0 GPUs here, counted from 0\n"),
+    }
+    check_refusals(SCRIPT, cases)

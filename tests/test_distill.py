@@ -1,0 +1,310 @@
+"""distill.py, teacher.py and student.py: the loss, teachers of other kinds, logits kept on disk, and trainings that were killed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cifar10 import ConvNet, Images, stratified
+from common import DATA, ROOT, InputError
+from data.sample import SAMPLE_CLASSES, cifar10_sample
+from m29_inference import teacher as teachers
+from m29_inference.distill import distillation_loss, mixed_loss
+from m29_inference.distill_report import gain
+from m29_inference.student import CPU, PLATEAU, converged_at, hard_loss, rate, train
+from m29_inference.teacher import UNCHANGED, Teacher, cached_logits, match_classes
+
+SCRIPT = "m29_inference/distill.py"
+
+
+def random_logits(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(*shape, generator=generator), 3 * torch.randn(*shape, generator=generator)
+
+
+def noise(n: int) -> Images:
+    generator = torch.Generator().manual_seed(0)
+    return Images(
+        torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(n) % 10, tuple("abcdefghij"), "noise"
+    )
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_loss_is_the_divergence_of_softened_classes(temperature):
+    student, teacher = random_logits(64, 10)
+    loss = distillation_loss(student, teacher, temperature)
+    assert loss > 0 and distillation_loss(teacher, teacher, temperature).abs() < 1e-6
+    assert (distillation_loss(student[:1], teacher[:1], temperature) >= 0).all()
+    soft = (teacher / temperature).softmax(1)
+    cross_entropy = nn.functional.cross_entropy(student / temperature, soft)
+    entropy = -(soft * soft.log()).sum(1).mean()
+    assert loss.item() == pytest.approx(temperature**2 * (cross_entropy - entropy).item(), rel=1e-5)
+    log_student, log_teacher = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+    library = nn.functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    assert loss.item() == pytest.approx(temperature**2 * library.item(), rel=1e-5)
+    swapped = nn.functional.kl_div(log_teacher, log_student, reduction="batchmean", log_target=True)
+    assert abs(swapped / library - 1) > 1e-3  # so that swapped arguments would be seen here
+
+
+def test_its_gradient_keeps_its_size_at_any_temperature():
+    """d loss / d logits = T (softmax(s / T) - softmax(t / T)) / n, which for large T no longer depends on T."""
+    student, teacher = random_logits(64, 10)
+    sizes = {}
+    for temperature in (1.0, 20.0, 100.0):
+        logits = student.clone().requires_grad_()
+        distillation_loss(logits, teacher, temperature).backward()
+        expected = temperature * ((student / temperature).softmax(1) - (teacher / temperature).softmax(1)) / len(student)
+        assert torch.allclose(logits.grad, expected, atol=1e-6)
+        sizes[temperature] = logits.grad.norm().item()
+    assert sizes[100.0] == pytest.approx(sizes[20.0], rel=0.1) and 0.1 < sizes[100.0] / sizes[1.0] < 10
+
+
+def test_alpha_weighs_the_teacher_and_the_labels():
+    logits, teacher = random_logits(4, 10)
+    labels, indices = torch.tensor([1, 2, 3, 4]), torch.tensor([7, 0, 3, 5])
+    views = {view: torch.zeros(8, 10) for view in (0, 1)}
+    views[1][indices] = teacher
+
+    def loss(alpha, epoch, views):
+        return mixed_loss(logits, labels, indices, epoch, views, SimpleNamespace(alpha=alpha, temperature=2.0))
+
+    soft, hard = distillation_loss(logits, teacher, 2.0), hard_loss(logits, labels, indices, 1)
+    assert torch.allclose(loss(1.0, 1, views), soft) and torch.allclose(loss(0.0, 1, views), hard)
+    assert torch.allclose(loss(0.25, 1, views), 0.25 * soft + 0.75 * hard) and not torch.allclose(loss(1.0, 0, views), soft)
+    assert torch.allclose(loss(1.0, 5, {UNCHANGED: views[1]}), soft)  # -views once: the same in every epoch
+
+
+def test_a_gain_has_the_interval_of_students_t():
+    mean, half = gain([0.01, 0.02, 0.03])
+    assert mean == pytest.approx(0.02) and half == pytest.approx(4.303 * 0.01 / 3**0.5)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_the_plateau_ends_the_full_rate_and_as_many_epochs_follow():
+    falling = [{"loss": 2 * 0.9**epoch} for epoch in range(6)]
+    assert converged_at(falling) is None
+    flat = [*falling, {"loss": falling[-1]["loss"]}]
+    assert converged_at(flat) is None  # since two epochs ago it has fallen by a tenth
+    flat.append({"loss": falling[-1]["loss"] * (1 - PLATEAU / 2)})
+    assert converged_at(flat) == 16 and converged_at([*flat, *falling]) == 16  # and stays so
+    assert [rate(progress, 16) for progress in (0.5, 1, 8, 12, 16)] == [0.5, 1, 1, 0.5, 0]
+    assert rate(0.25, None) == 0.25 and rate(30, None) == 1
+
+
+def test_a_training_that_was_killed_ends_with_the_same_bits(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def run(file, kill_in=None, epochs=3):
+        torch.manual_seed(0)
+        network = ConvNet((8, 8, 8), "batch")
+
+        def loss_of(logits, labels, indices, epoch):
+            if epoch == kill_in:
+                raise Killed
+            return hard_loss(logits, labels, indices, epoch)
+
+        return network, train(network, noise(512), epochs, 0, CPU, loss_of=loss_of, test=noise(64), file=file)
+
+    whole, rows = run(None)
+    for kill_in in (0, 2):
+        file = tmp_path / f"{kill_in}.pt"
+        with pytest.raises(Killed):
+            run(file, kill_in)
+        again, rows_again = run(file)
+        assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+        assert [row["loss"] for row in rows_again] == [row["loss"] for row in rows] and [row["epoch"] for row in rows_again] == [1, 2, 3]
+        assert rows_again[-1]["train_s"] > rows_again[0]["train_s"]
+
+
+def test_a_file_of_other_widths_is_not_taken(tmp_path):
+    file = tmp_path / "net.pt"
+    for widths in ((8, 8, 8), (8, 16, 8)):
+        rows = train(ConvNet(widths, "batch"), noise(256), 1, 0, CPU, file=file)
+        assert len(rows) == 1
+    assert torch.load(file, weights_only=True)["network"]["stages.1.conv1.weight"].shape == (16, 8, 3, 3)
+
+
+def test_kill_9_and_again(start_script, run_script, results, tmp_path):
+    flags = ("-quick", "-widths", "8", "8", "8", "-num_threads", "1", "-data", str(cifar10_sample()))
+    accuracies = []
+    for number, killed in enumerate((False, True)):
+        place = {"COURSE_DATA": str(tmp_path / str(number))}
+        if killed:
+            process, file = start_script("m29_inference/student.py", *flags, **place), tmp_path / str(number) / "students"
+            while not list(file.glob("[!.]*.pt")):  # nor the one that is being written
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        done = run_script("m29_inference/student.py", *flags, **place)
+        assert done.returncode == 0 and ("trained before" in done.stdout) == killed, done.stderr
+        rows = json.loads((results / "student.json").read_text())["rows"]
+        accuracies.append([(row["epoch"], row["loss"], row["accuracy"]) for row in rows[:-1]])
+        assert rows[-1]["x_plain"] > 0 and (results / "student_accuracy.png").exists()
+    assert accuracies[0] == accuracies[1] and [epoch for epoch, *_ in accuracies[0]] == [1, 2]
+
+
+def test_as_many_of_each_class():
+    data = noise(400)
+    data.labels = torch.tensor([0] * 300 + [1] * 100)
+    some = stratified(data, 120)
+    assert some.labels.tolist() == [0] * 60 + [1] * 60 and torch.equal(some.images[:60], data.images[:60])
+    with pytest.raises(InputError, match="only 400 training images"):
+        stratified(data, 401)
+
+
+# ---- the teacher's logits --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """A teacher that counts the images it is asked about, and a cache of its own with 20 images a file."""
+    monkeypatch.setattr(teachers, "DATA", tmp_path)
+    monkeypatch.setattr(teachers, "CHUNK", 20)
+
+    def build(seed: int) -> Teacher:
+        torch.manual_seed(seed)
+        network = ConvNet((8, 8, 8), "batch").eval()
+        teacher = Teacher("counted", network, lambda images: images.float() / 255, CPU)
+        teacher.asked, compute = 0, teacher.logits
+
+        def logits(images):
+            teacher.asked += len(images)
+            return compute(images)
+
+        teacher.logits = logits
+        return teacher
+
+    return build
+
+
+def test_logits_are_computed_once_and_a_damaged_or_missing_chunk_again(counted, tmp_path):
+    data, teacher = noise(50), counted(0)
+    first = cached_logits(teacher, data, [0, 1, UNCHANGED])
+    assert teacher.asked == 150 and not torch.equal(first[0], first[1])
+    assert torch.allclose(first[UNCHANGED].float(), Teacher.logits(teacher, data.images), atol=1e-2)
+    files = sorted(tmp_path.glob("teacher_logits/*/*.npz"))
+    assert len(files) == 9
+    files[0].unlink()
+    damaged = bytearray(files[4].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    files[4].write_bytes(damaged)
+    files[8].write_bytes(files[8].read_bytes()[:40])
+    again = cached_logits(teacher, data, [0, 1, UNCHANGED])
+    assert 150 < teacher.asked <= 150 + 60 and all(torch.equal(again[view], first[view]) for view in first)
+
+
+def test_logits_of_another_teacher_or_of_other_images_are_not_taken(counted):
+    data, one, other = noise(20), counted(0), counted(1)
+    first, second = (cached_logits(teacher, data, [0])[0] for teacher in (one, other))
+    assert (one.asked, other.asked) == (20, 20) and not torch.equal(first, second)
+    changed = noise(20)
+    changed.images[3, 0, 0, 0] ^= 1
+    cached_logits(one, changed, [0])
+    assert one.asked == 40
+
+
+def test_several_processes_share_the_work(counted, tmp_path):
+    data, teacher = noise(50), counted(0)
+    for rank in range(3):
+        teachers.compute_logits(teacher, data, [0, 1], tmp_path / "shared", rank, 3)
+    assert teacher.asked == 100 and len(list((tmp_path / "shared").iterdir())) == 6
+
+
+# ---- teachers of other kinds -----------------------------------------------------------------------------------------
+
+
+def test_classes_are_matched_by_name():
+    assert match_classes("t", {0: "Dog", 1: "plane", 2: "cat"}, ("airplane", "cat", "dog")) == [1, 2, 0]
+    assert match_classes("t", {0: "LABEL_0", 1: "LABEL_1"}, ("airplane", "cat")) == [0, 1]
+    with pytest.raises(InputError, match="does not know cat: its classes are tench, dog"):
+        match_classes("t", {0: "tench", 1: "dog"}, ("cat", "dog"))
+    with pytest.raises(InputError, match="knows 1,000 classes, the data have 10"):
+        match_classes("t", {number: str(number) for number in range(1000)}, SAMPLE_CLASSES)
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory):
+    """A folder with a Vision Transformer of random weights, its classes in another order than the data's."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    folder = tmp_path_factory.mktemp("vit")
+    names = dict(enumerate(reversed(SAMPLE_CLASSES)))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(image_size=48, patch_size=16, id2label=names, label2id={name: number for number, name in names.items()}, **sizes)
+    torch.manual_seed(0)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
+    return folder
+
+
+def test_a_vision_transformer_in_a_folder_is_a_teacher(tiny_vit):
+    from PIL import Image
+
+    processor, classifier = teachers.load_pretrained(str(tiny_vit))
+    teacher = teachers.pretrained_teacher(str(tiny_vit), processor, classifier, SAMPLE_CLASSES, CPU)
+    images = noise(3).images
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    with torch.inference_mode():
+        direct = classifier(**processor(images=pictures, return_tensors="pt")).logits.flip(1)  # the course's own way
+    assert torch.allclose(teacher.logits(images), direct, atol=0.05)  # bfloat16 where the CPU has it
+    assert np.corrcoef(teacher.logits(images).flatten(), direct.flatten())[0, 1] > 0.99
+
+
+def test_the_run_with_it_and_its_refusal(run_script, results, tiny_vit, tmp_path):
+    refused = run_script(SCRIPT, "-quick", "-teacher", tiny_vit)
+    assert refused.returncode == 1 and "less than -min_teacher_accuracy 0.6" in refused.stderr and "Traceback" not in refused.stderr
+    flags = ("-quick", "-teacher", tiny_vit, "-min_teacher_accuracy", "0", "-epochs", "1", "-limit", "600")
+    share = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / SCRIPT, *flags]
+    done = subprocess.run(share, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kept = {file: file.stat().st_mtime_ns for file in DATA.glob("teacher_logits/*/*.npz")}
+    done = run_script(SCRIPT, *flags)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    assert kept and kept == {file: file.stat().st_mtime_ns for file in DATA.glob("teacher_logits/*/*.npz")}
+    rows = json.loads((results / "distill.json").read_text())["rows"]
+    assert rows[0]["model"] == "teacher" and rows[0]["parameters"] != rows[1]["parameters"] == 72_954
+
+
+def test_the_run_of_a_learner(run_script, results):
+    done = run_script(SCRIPT, "-quick")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    rows = json.loads((results / "distill.json").read_text())["rows"]
+    assert [(row["model"], row.get("seed")) for row in rows] == [
+        ("teacher", None),
+        *[(m, s) for m in ("student", "student + KD") for s in (0, 1)],
+    ]
+    assert {"model", "seed", "epochs", "accuracy", "parameters", "gmacs", "latency_ms", "size_mb", "train_s"} == set(rows[1])
+    assert "95 % interval" in done.stdout and "of a plain one's time" in done.stdout and "is a bit of a" in done.stdout
+    assert all((results / f"distill_{name}.png").exists() for name in ("curves", "knowledge"))
+    swept = run_script(SCRIPT, "-quick", "-sweep", "-epochs", "1")
+    assert swept.returncode == 0, swept.stderr
+    rows = json.loads((results / "distill.json").read_text())["rows"]
+    assert len({(row.get("temperature"), row.get("alpha")) for row in rows}) == 3 and (results / "distill_sweep.png").exists()
+
+
+def test_bad_input_is_said(check_refusals, tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = {
+        ("-seeds", "3"): (2, "at least two different ones"),
+        ("-alpha", "1.5"): (2, "a share between 0 and 1"),
+        ("-temperature", "0"): (2, "a number above 0"),
+        ("-teacher", str(tmp_path / "empty")): (1, "no image classifier in this folder"),
+        ("-teacher", "nobody/nothing"): (1, "no such folder, and the Hugging Face hub cannot be reached"),
+        ("-limit", "20000"): (1, "there are only 10,000 training images"),
+    }
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
+    check_refusals(SCRIPT, cases, **nowhere)
