@@ -26,6 +26,7 @@ import signal
 import statistics
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,10 +138,11 @@ def end_by_ctrl_c() -> None:
     """End this process and its workers at once: unloading torch takes a second or more, and all files are closed by now."""
     print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    workers = multiprocessing.active_children()
+    workers, deadline = multiprocessing.active_children(), time.monotonic() + 0.5
+    for worker in workers:  # Ctrl-C reached them as well; killed at once, one may leave its shared memory behind
+        worker.join(timeout=max(0, deadline - time.monotonic()))
     for worker in workers:
         worker.terminate()
-    for worker in workers:
         worker.join(timeout=1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)  # dies by the signal, so that a shell loop around the script stops as well

@@ -85,7 +85,7 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
         order, losses, begin = epoch_order(seed, epoch, len(data)), [], time.perf_counter()
         network.train()
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * rate(epoch + (step + 1) / steps, total)
+            optimizer.param_groups[0]["lr"] = lr * rate(epoch + (step + 0.5) / steps, total)
             indices = order[step * BATCH :][:BATCH]
             images = normalize(augment(data.images[indices], indices, views, epoch, len(data)).to(device))
             with torch.autocast(**fast_format(device)):
