@@ -25,6 +25,7 @@ import re
 import signal
 import statistics
 import sys
+import tempfile
 import textwrap
 import time
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def parse(parser: CourseParser, argv: list[str] | None = None) -> argparse.Names
     sys.stdout.reconfigure(errors="replace")  # a Windows console may lack a character; that must not end a run
     if "device" in args:
         prepare_torch(parser, args)
+        check_writable(RESULTS)
     return args
 
 
@@ -125,6 +127,8 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
         print(f"error: {text.splitlines()[-1].removeprefix('common.InputError: ')}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         end_by_ctrl_c()
+    elif issubclass(kind, ConnectionError | EOFError) and multiprocessing.parent_process():
+        pass  # a worker was about to hand a batch over when Ctrl-C ended the main process, which has spoken
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
     elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
@@ -257,6 +261,20 @@ def _cell(value) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def check_writable(folder: Path) -> None:
+    """Make the folder where it is missing; InputError where nothing can be written into it, before the work and not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        ours = {"COURSE_RESULTS": RESULTS, "COURSE_DATA": DATA}
+        variable = next((name for name, place in ours.items() if folder.is_relative_to(place)), None)
+        move = f"set {variable} to a folder that you may write to" if variable else "name a file in a folder that you may write to"
+        raise InputError(f"cannot write to {display_path(folder)} ({error.strerror}): {move}") from error
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path):
     """Yield a temporary name beside `path`; moved to `path` when the block ends well, removed when it does not.
@@ -265,17 +283,8 @@ def atomic_path(path: Path):
     """
     ours = f".{path.name}.{platform.node()}."  # the machine, because several may write to one disk
     temporary = path.with_name(f"{ours}{os.getpid()}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        variable = next(
-            (name for name, folder in {"COURSE_RESULTS": RESULTS, "COURSE_DATA": DATA}.items() if path.is_relative_to(folder)), None
-        )
-        move = f"set {variable} to a folder that you may write to" if variable else "name a file in a folder that you may write to"
-        raise InputError(f"cannot write {display_path(path)} ({error.strerror}): {move}") from error
+    check_writable(path.parent)
+    temporary.touch()
     for left in path.parent.glob(f"{ours}*.part*"):
         if not psutil.pid_exists(int(left.name.removeprefix(ours).split(".")[0])):
             left.unlink(missing_ok=True)

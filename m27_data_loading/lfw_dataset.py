@@ -33,6 +33,7 @@ from common import DATA, InputError, new_parser, non_negative_int, parse, positi
 from data.sample import lfw_sample
 from m27_data_loading.loader_timing import (
     batches_in_flight,
+    counted,
     explain,
     plot_sweep,
     stage_costs,
@@ -178,14 +179,14 @@ def load_once(args) -> tuple[list[dict], set]:
         raise InputError(f"none of the images loaded from {args.path_to_folder} can be read")
     size_mb, people = first.nbytes / 1e6, {Path(file).parent for file in dataset.files}
     waiting, ahead = batches_in_flight(workers, args.prefetch_factor, len(loader)), workers * args.prefetch_factor
-    if workers == 0:
-        reason = "without workers nothing is loaded ahead"
-    else:
-        reason = f"{workers} workers {args.prefetch_factor} ahead each, 1 in use" + (", but there are no more" if waiting <= ahead else "")
+    reason = (
+        f"{counted(workers, 'worker')} {args.prefetch_factor} ahead each, 1 in use{', but there are no more' if waiting <= ahead else ''}"
+    )
+    reason = reason if workers else "without workers nothing is loaded ahead"
     print(f"data set   {len(dataset):,} images of {len(people):,} people in {args.path_to_folder}")
     print(f"batch      {tuple(first.shape)}, {first.dtype}, values {first.min():.3f} to {first.max():.3f}, {size_mb:,.1f} MB")
-    print(f"in flight  at most {waiting} batch{'es' if waiting > 1 else ''}, {waiting * size_mb:,.0f} MB: {reason}")
-    print(f"loaded     {run['images']:,} images in {run['batches']} of {len(loader)} batches, ", end="")
+    print(f"in flight  at most {counted(waiting, 'batch')}, {waiting * size_mb:,.0f} MB: {reason}")
+    print(f"loaded     {run['images']:,} images in {run['batches']} of {counted(len(loader), 'batch')}, ", end="")
     print(f"{run['images_per_s']:,.0f} images/s, start-up {run['startup_s']:.2f} s")
     return [{"num_workers": workers, "augment": args.augment, **run}], skipped
 
@@ -200,16 +201,15 @@ def time_sweep(args) -> tuple[list[dict], set]:
     loaders = {(n, augment): build_loader(args, datasets[augment], n) for augment in augments for n in args.num_workers}
     available = -(-len(files) // args.batch_size)
     limit = min(available, args.batches_to_check)
-    print(
-        f"{PASSES} passes of {limit} batches of {args.batch_size} images ({'all there are' if limit == available else f'of {available}'})"
-    )
+    found = "all there are" if limit == available else f"of {available}"
+    print(f"{PASSES} passes of {counted(limit, 'batch')} of {args.batch_size} images ({found})")
     rows, skipped = time_loaders(loaders, limit, PASSES, args.device)
     print_table([{key: value for key, value in row.items() if key != "runs_images_per_s"} for row in rows])
     readable = [file for index, file in enumerate(files[:64]) if isinstance(datasets[augments[0]][index], torch.Tensor)][:32]
     for augment in augments if readable else []:
         best = max((row for row in rows if row["augment"] == augment), key=lambda row: row["images_per_s"])
         print(explain(best, stage_costs(readable, functools.partial(load_rgb, resize=args.resize), AUGMENTATIONS[augment], args.device)))
-    save_figure(plot_sweep(rows), __file__, "timing", args, f"batch {args.batch_size}, {PASSES} passes of {limit} batches")
+    save_figure(plot_sweep(rows), __file__, "timing", args, f"batch {args.batch_size}, {PASSES} passes of {counted(limit, 'batch')}")
     return rows, skipped
 
 
@@ -247,7 +247,7 @@ def main(args) -> list[dict]:
     exercise = draw_batch if args.visualize_batch else time_sweep if args.get_timing else load_once
     rows, skipped = exercise(args)
     if skipped:
-        print(f"skipped {len(skipped)} broken images: {', '.join(sorted(skipped))}")
+        print(f"skipped {counted(len(skipped), 'broken image')}: {', '.join(sorted(skipped))}")
     return rows
 
 

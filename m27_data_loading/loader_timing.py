@@ -103,6 +103,11 @@ def summary(num_workers: int, augment: str, runs: list[dict]) -> dict:
 # ---- what to expect, and where the time went ---------------------------------------------------------------------------
 
 
+def counted(number: int, thing: str) -> str:
+    """1 batch, 2 batches; 1 image, 2 images."""
+    return f"{number:,} {thing}{'' if number == 1 else 'es' if thing.endswith('ch') else 's'}"
+
+
 def batches_in_flight(num_workers: int, prefetch_factor: int, batches: int) -> int:
     """Batches in memory at once at most: those the workers are ahead and the one in use, but not more than there are."""
     return min(num_workers * prefetch_factor + 1, batches)
@@ -113,9 +118,11 @@ def warn_about(args, images: int) -> None:
     most, usable = max(args.num_workers), usable_cpus()
     batches = -(-images // args.batch_size)
     if most > batches:
-        print(f"warning: {most} workers for {batches} batches: a worker loads whole batches, so {most - batches} of them stay idle")
+        print(
+            f"warning: {most} workers for {counted(batches, 'batch')}: a worker loads whole batches, so {most - batches} of them stay idle"
+        )
     if most > usable:
-        print(f"warning: {most} workers on {usable} usable CPUs: they take turns, so expect no gain beyond {usable} workers")
+        print(f"warning: {most} workers on {counted(usable, 'usable CPU')}: they take turns, more than {usable} gain nothing")
     if args.persistent_workers and args.batches_to_check < batches:
         print("warning: workers kept alive go on loading when a pass stops early, beside the next one:")
         print("         leave out -persistent_workers, or load all batches (-batches_to_check, which -quick makes small)")
@@ -167,8 +174,8 @@ def explain(row: dict, costs: dict[str, float]) -> str:
         text += "The bottleneck is start-up, which takes longer than the loading.\n"
     else:
         text += f"The bottleneck is {slowest}, {costs[slowest] / total:.0%}.\n"
-    text += f"  {busy} core(s) could load {busy * 1e6 / total:,.0f} images/s; "
-    text += f"measured with {row['num_workers']} workers: {row['images_per_s']:,.0f}."
+    text += f"  {counted(busy, 'core')} could load {busy * 1e6 / total:,.0f} images/s; "
+    text += f"measured with {counted(row['num_workers'], 'worker')}: {row['images_per_s']:,.0f}."
     if row["startup_s"] > 0.1 * row["seconds"]:
         text += f" Starting the workers takes {row['startup_s']:.2f} s more in each epoch; -persistent_workers pays it once."
     return text

@@ -3,6 +3,7 @@
 import errno
 import importlib.metadata
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -98,6 +99,15 @@ def test_a_defect_of_ours_keeps_its_traceback(capsys):
     assert "KeyError: 'img'" in capsys.readouterr().err
 
 
+def test_a_worker_whose_main_process_ended_is_silent(capfd):
+    worker = multiprocessing.get_context("spawn").Process(target=common.one_sentence, args=(EOFError, EOFError("gone"), None))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0 and capfd.readouterr().err == ""
+    common.one_sentence(ConnectionResetError, ConnectionResetError("reset by peer"), None)  # anywhere else it is a defect
+    assert "ConnectionResetError: reset by peer" in capfd.readouterr().err
+
+
 def test_measure_sees_a_sleep_and_counts_its_runs():
     timing = common.measure(lambda: time.sleep(0.02), CPU, repeats=3)
     assert len(timing.runs_ms) == 3
@@ -145,10 +155,12 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(common, "RESULTS", tmp_path / "file")
     with (
-        pytest.raises(common.InputError, match=r"cannot write .*a.json .*: set COURSE_RESULTS"),
+        pytest.raises(common.InputError, match=r"cannot write to .*file .*: set COURSE_RESULTS"),
         common.atomic_path(common.RESULTS / "a.json"),
     ):
         pass
+    with pytest.raises(common.InputError, match="set COURSE_RESULTS"):  # before a script begins to measure
+        common.parse(common.new_parser("Doc."), [])
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     with pytest.raises(common.InputError, match="name a file in a folder"), common.atomic_path(tmp_path / "file" / "a.rgb"):
         pass

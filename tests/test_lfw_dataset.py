@@ -258,7 +258,7 @@ def test_timing_sweeps_workers_and_augmentations(run_script, copy_of_faces, resu
     assert re.search(r"simple: .*The bottleneck is \w+", done.stdout) and re.search(
         r"complex: .*The bottleneck is augmentation", done.stdout
     )
-    assert "skipped 1 broken images" in done.stdout and "Person_03_0002.jpg" in done.stdout
+    assert "skipped 1 broken image:" in done.stdout and "Person_03_0002.jpg" in done.stdout
     assert "Warning" not in done.stderr
     rows = json.loads((results / "lfw_dataset.json").read_text())["rows"]
     assert [(row["num_workers"], row["augment"]) for row in rows] == [(n, augment) for augment in ("simple", "complex") for n in (0, 1, 4)]
