@@ -167,8 +167,9 @@ def augment(images: torch.Tensor, indices: torch.Tensor, seed: int, epoch: int, 
     draws = np.random.default_rng([seed, epoch, 1]).integers(0, 50, n)[indices.numpy()]  # 5 x 5 shifts, flipped or not
     down, right, flip = (torch.from_numpy(part).to(images.device) for part in (draws // 5 % 5, draws % 5, draws // 25))
     padded = nn.functional.pad(images.float(), (2, 2, 2, 2), mode="reflect").to(images.dtype)  # (n, 3, 36, 36)
-    rows = down[:, None] + torch.arange(32, device=images.device)  # (n, 32)
-    columns = right[:, None] + torch.where(flip[:, None] == 1, torch.arange(31, -1, -1), torch.arange(32)).to(images.device)
+    places = torch.arange(32, device=images.device)
+    rows = down[:, None] + places  # (n, 32)
+    columns = right[:, None] + torch.where(flip[:, None] == 1, places.flip(0), places)
     picked = torch.arange(len(images), device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[picked, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 

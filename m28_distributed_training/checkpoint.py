@@ -29,8 +29,8 @@ def add_checkpoint_flags(parser) -> None:
     parser.add_argument("-resume", action="store_true", help="go on from -checkpoint FILE where there is one, else begin")
 
 
-def check_place(file: Path) -> None:
-    """Raise InputError before the training where no checkpoint could be written."""
+def check_file(file: Path) -> None:
+    """Raise InputError before the training where no checkpoint could be written, or another file would be lost."""
     if file.is_dir():
         raise InputError(f"-checkpoint {file} is a folder: give a file")
     try:
@@ -39,6 +39,8 @@ def check_place(file: Path) -> None:
         raise InputError(f"-checkpoint {file}: its folder cannot be made ({error.strerror})") from error
     if not os.access(file.parent, os.W_OK):
         raise InputError(f"-checkpoint {file}: its folder may not be written to")
+    if isinstance(found := read_checkpoint(file), str):
+        raise InputError(found)
 
 
 def save_checkpoint(file: Path, state: dict) -> bool:
@@ -48,7 +50,7 @@ def save_checkpoint(file: Path, state: dict) -> bool:
     try:
         with atomic_path(file) as temporary:
             torch.save({"format": FORMAT, **state}, temporary)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when a write comes up short
+    except (OSError, RuntimeError, InputError) as error:  # torch's own writer raises RuntimeError when a write comes up short
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         print(f"warning: no checkpoint at step {state['step']}: {file} cannot be written ({reason}); the training goes on", file=sys.stderr)
         return False
@@ -63,11 +65,11 @@ def load_checkpoint(file: Path, settings: dict) -> dict | None:
     state = read_checkpoint(file)
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, state["step"] if isinstance(state, dict) else state)  # a step, a complaint or None from each process
-    if not any(isinstance(step, int) for step in found):
-        if complaints := [complaint for complaint in found if complaint]:
-            raise InputError(complaints[0])
+    if complaints := [complaint for complaint in found if isinstance(complaint, str)]:
+        raise InputError(complaints[0])
+    if found.count(None) == len(found):
         return None
-    newest = max(range(len(found)), key=lambda rank: found[rank] if isinstance(found[rank], int) else -1)
+    newest = max(range(len(found)), key=lambda rank: -1 if found[rank] is None else found[rank])
     box = [state if dist.get_rank() == newest else None]
     dist.broadcast_object_list(box, src=newest)
     check_settings(file, box[0]["settings"], settings)

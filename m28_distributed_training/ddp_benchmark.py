@@ -61,7 +61,7 @@ def measure_on_demand(connection, args) -> None:
         optimizer.zero_grad()
         if args.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = torch.tensor(time.perf_counter() - begin)
+        seconds = torch.tensor(time.perf_counter() - begin, device=args.device)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds.item()
 

@@ -1,10 +1,11 @@
 """Train one network with several processes that compute exactly what one would: DistributedDataParallel.
 
-    python m28_distributed_training/ddp_train.py                                   two processes on this machine
-    python m28_distributed_training/ddp_train.py -nproc 1 -accumulate 2 -num_threads 1   one process, the same bits
-    python m28_distributed_training/ddp_train.py -benchmark                        speed-up, all-reduce, bytes a step; a figure
+    python m28_distributed_training/ddp_train.py                                     two processes on this machine
+    python m28_distributed_training/ddp_train.py -num_threads 1                      ... of one thread each
+    python m28_distributed_training/ddp_train.py -num_threads 1 -nproc 1 -accumulate 2     one process, the same bits
+    python m28_distributed_training/ddp_train.py -benchmark                          speed-up, all-reduce, bytes a step; a figure
     python m28_distributed_training/ddp_train.py -checkpoint run.pt -resume -max_restarts 3     survives kill -9
-    torchrun --nproc-per-node 2 m28_distributed_training/ddp_train.py              the same file as a job; several machines: README
+    torchrun --nproc-per-node 2 m28_distributed_training/ddp_train.py                the same file as a job; several machines: README
 
 Every process holds the whole network and takes its share of each batch. The batch is fixed for the whole job (`-batch_size`) and cut
 into micro-batches, one or `-accumulate N` a process. While backward() runs, DDP adds the gradients up over all processes (all-reduce),
@@ -28,9 +29,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
-from common import InputError, new_parser, parse, positive_int, print_table, save_results
-from m28_distributed_training.checkpoint import add_checkpoint_flags, check_place, load_checkpoint, save_checkpoint
-from m28_distributed_training.launch import add_launch_flags, launch, only_first_speaks, print0, world_size
+from common import InputError, parse, print_table, save_results
+from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
+from m28_distributed_training.launch import launch, only_first_speaks, print0, under_torchrun
+from m28_distributed_training.training_flags import check, training_parser
 
 REPORT_EVERY = 10  # steps from one global loss to the next; SIGTERM is noticed then, too
 
@@ -64,9 +66,9 @@ def train(args) -> None:
     sent = count_bytes(model)  # distributed
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-    settings, stop = run_settings(args, steps), catch_sigterm()
+    settings, stop = run_settings(args, data["train"], steps), catch_sigterm()
     first = resume(args, settings, network, optimizer, scheduler)
-    losses, mean_loss, seconds, stopped = [], None, time.perf_counter(), False
+    losses, mean_loss, clock, stopped = [], None, None, False
     for step in (bar := tqdm(range(first, steps), "training", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps)):
         for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
             # distributed: the all-reduce runs during the last backward(); the gradients are then the mean over all processes
@@ -78,6 +80,7 @@ def train(args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
+        clock = clock or time.perf_counter()  # after the first step, in which memory is asked for and buckets are arranged
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
             mean_loss, stopped = agree(losses, stop, args)  # distributed
             bar.set_postfix(loss=f"{mean_loss:.3f}")
@@ -86,21 +89,11 @@ def train(args) -> None:
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if args.checkpoint else ''}")
             return
-    seconds = time.perf_counter() - seconds
+    timed, seconds = max(0, steps - first - 1), time.perf_counter() - (clock or 0)
     correct = evaluate(network, data["test"], args)
-    report(
-        args,
-        data,
-        network,
-        {
-            "processes": dist.get_world_size(),
-            "steps": steps,
-            "images_per_s": (steps - first) * args.batch_size / seconds,
-            "loss": mean_loss,
-            "accuracy": correct / len(data["test"]),
-            "bytes_per_step": sent["bytes"] // max(1, steps - first),
-        },
-    )
+    row = {"processes": dist.get_world_size(), "steps": steps, "images_per_s": timed * args.batch_size / seconds, "loss": mean_loss}
+    row |= {"accuracy": correct / len(data["test"]), "bytes_per_step": sent["bytes"] // max(1, steps - first)}
+    report(args, data, network, row)
 
 
 def count_bytes(model: DistributedDataParallel) -> dict[str, int]:
@@ -133,7 +126,7 @@ def catch_sigterm() -> list:
 
 def evaluate(network: nn.Module, data: Images, args) -> int:
     """Right answers on all of `data`, each image counted once for any number of processes, as one integer that all know."""
-    mine = torch.arange(dist.get_rank(), len(data), dist.get_world_size())  # distributed: every world-th image
+    mine = torch.arange(len(data))[dist.get_rank() :: dist.get_world_size()]  # distributed: every world-th image
     correct = torch.zeros((), dtype=torch.int64, device=args.device)
     network.eval()
     with torch.inference_mode():
@@ -148,11 +141,11 @@ def evaluate(network: nn.Module, data: Images, args) -> int:
 # ---- what is kept, what is said --------------------------------------------------------------------------------------
 
 
-def run_settings(args, steps: int) -> dict:
+def run_settings(args, data: Images, steps: int) -> dict:
     """What must be the same for a resumed run to end with the same bits."""
-    micro = dist.get_world_size() * args.accumulate
-    keys = ("batch_size", "seed", "lr", "data", "bf16", "num_threads")
-    settings = {key: getattr(args, key) for key in keys} | {"widths": list(args.widths), "steps": steps, "micro_batches": micro}
+    settings = {key: getattr(args, key) for key in ("batch_size", "seed", "lr", "bf16", "num_threads")}
+    settings |= {"data": f"{len(data):,} images of {data.name}", "device": args.device.type, "widths": list(args.widths)}
+    settings |= {"steps": steps, "micro_batches": dist.get_world_size() * args.accumulate}
     return settings | {"world": dist.get_world_size(), "script": "ddp_train"}
 
 
@@ -191,56 +184,10 @@ def report(args, data: dict, network: nn.Module, row: dict) -> None:
     print(f"{row['processes']} processes x {args.accumulate} micro-batches of {data['train'].name}, {args.num_threads} threads each")
     print_table([{key: value for key, value in row.items() if key != "parameters_sha256"}])
     if row["bytes_per_step"]:  # a run that was resumed after its last step sent nothing
-        print(f"to the all-reduce: {row['bytes_per_step']:,} bytes a step = 4 x {parameters:,} parameters, once for all micro-batches")
+        each = row["bytes_per_step"] / parameters
+        print(f"to the all-reduce: {row['bytes_per_step']:,} bytes a step, {each:g} for each of {parameters:,} parameters")
     print(f"parameters sha256 {row['parameters_sha256']}")
     save_results(__file__, args, [row])
-
-
-def check(args) -> None:
-    """Raise InputError for what cannot work, before any process is started."""
-    if args.quick:
-        args.steps = min(args.steps or 20, 20)
-    if args.micro_batches:
-        args.accumulate = share_micro_batches(args)
-    micro = world_size(args) * args.accumulate
-    if args.batch_size % micro:
-        raise InputError(
-            f"-batch_size {args.batch_size} does not divide into {micro} equal micro-batches ({world_size(args)} processes x "
-            f"-accumulate {args.accumulate}): give a multiple of {micro}"
-        )
-    if args.max_restarts and not args.checkpoint:
-        raise InputError("-max_restarts starts from a checkpoint: give -checkpoint FILE, too")
-    if args.resume and not args.checkpoint:
-        raise InputError("-resume goes on from a checkpoint: give -checkpoint FILE, too")
-    if args.checkpoint:
-        check_place(args.checkpoint)
-
-
-def share_micro_batches(args) -> int:
-    """Micro-batches a process when -micro_batches says how many all have together: the world may then change, the bits may not."""
-    if args.accumulate > 1:
-        raise InputError("-accumulate counts the micro-batches of a process, -micro_batches those of all: give one of the two")
-    if args.micro_batches % world_size(args):
-        raise InputError(f"-micro_batches {args.micro_batches} cannot be shared out evenly among {world_size(args)} processes")
-    return args.micro_batches // world_size(args)
-
-
-def training_parser(doc: str):
-    """The flags that ddp_train.py and fsdp_train.py have in common."""
-    parser = new_parser(doc)
-    flag = parser.add_argument
-    flag("-data", help="folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
-    flag("-epochs", type=positive_int, default=3, help="passes over the training images (default: 3)")
-    flag("-steps", type=positive_int, help="steps, instead of epochs")
-    flag("-batch_size", type=positive_int, default=128, help="images a step, of all processes together (default: 128)")
-    flag("-accumulate", type=positive_int, default=1, help="micro-batches a process before each all-reduce (default: 1)")
-    flag("-micro_batches", type=positive_int, help="instead: micro-batches a step of all processes, however many they are just now")
-    flag("-widths", type=positive_int, nargs=3, default=[32, 64, 128], help="channels of the three stages (default: 32 64 128)")
-    flag("-lr", type=float, default=0.001, help="highest learning rate of the schedule (default: 0.001)")
-    flag("-bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast)")
-    add_launch_flags(parser)
-    add_checkpoint_flags(parser)
-    return parser
 
 
 if __name__ == "__main__":
@@ -248,6 +195,8 @@ if __name__ == "__main__":
     parser.add_argument("-benchmark", action="store_true", help="measure 1 to -nproc processes instead of training to the end")
     args = parse(parser)
     check(args)
+    if args.benchmark and under_torchrun():
+        raise InputError("-benchmark starts its processes itself: run it without torchrun")
     if args.benchmark:
         from m28_distributed_training.ddp_benchmark import benchmark  # which imports this file
 

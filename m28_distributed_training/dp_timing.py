@@ -1,6 +1,9 @@
 """How dp_train.py times nn.DataParallel against one GPU: forward, training step, stages, memory. Needs CUDA devices."""
 
+import functools
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,20 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from cifar10 import ConvNet, Images, normalize
 from common import measure_alternately
 
-STAGES = ("scatter", "replicate", "parallel_apply", "gather")
+REPEATS = 5
 
 
 class TimedDataParallel(nn.DataParallel):
-    """DataParallel whose four stages are timed with CUDA events on device 0: `stage_ms` {stage: ms of the last call}."""
+    """DataParallel whose four stages are timed, all devices waited for after each: `stage_ms` {stage: [ms of each call]}."""
 
     def timed(self, stage: str, *args):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin = time.perf_counter()
         result = getattr(super(), stage)(*args)
-        end.record()
         for device in self.device_ids:
             torch.cuda.synchronize(device)
-        self.stage_ms = {**getattr(self, "stage_ms", {}), stage: begin.elapsed_time(end)}
+        self.stage_ms.setdefault(stage, []).append((time.perf_counter() - begin) * 1e3)
         return result
 
     def scatter(self, *args):
@@ -40,14 +41,33 @@ class TimedDataParallel(nn.DataParallel):
         return self.timed("gather", *args)
 
 
+def time_stages(network: nn.Module, device_ids: list[int], images: torch.Tensor) -> dict[str, float]:
+    """Median of ms that each stage of the forward pass takes, one call to warm up apart; with one device there is scatter only."""
+    model = TimedDataParallel(network, device_ids=device_ids)
+    with torch.inference_mode():
+        for call in range(1 + REPEATS):
+            if call <= 1:
+                model.stage_ms = {}
+            model(images)
+    return {f"{stage}_ms": statistics.median(runs) for stage, runs in model.stage_ms.items()}
+
+
+def peak_mb(step, device_ids: list[int]) -> list[float]:
+    """Most memory that one call of `step` takes on each GPU, MB, what is there already counted."""
+    for index in device_ids:
+        torch.cuda.reset_peak_memory_stats(index)
+    step()
+    return [torch.cuda.max_memory_allocated(index) / 1e6 for index in device_ids]
+
+
 def time_on_gpus(args, data: Images) -> list[dict]:
     """Forward and training step of one device and of DataParallel, alternately, over batch sizes; stages, peak memory by GPU."""
     network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
-    models = {"one device": network, "DataParallel": nn.DataParallel(network, device_ids=args.device_ids)}
-    timed, rows = TimedDataParallel(network, device_ids=args.device_ids), []
-    for batch_size in (args.batch_size // 4, args.batch_size, args.batch_size * 4):
-        images = normalize(data.images[torch.arange(batch_size) % len(data)].to(args.device))
-        labels = data.labels[torch.arange(batch_size) % len(data)].to(args.device)
+    models, rows = {"one device": network, "DataParallel": nn.DataParallel(network, device_ids=args.device_ids)}, []
+    for batch_size in (max(len(args.device_ids), args.batch_size // 4), args.batch_size, args.batch_size * 4):
+        places = torch.arange(batch_size) % len(data)
+        images = normalize(data.images[places].to(args.device)).to(memory_format=torch.channels_last)
+        labels = data.labels[places].to(args.device)
 
         def step(model, images=images, labels=labels):
             nn.functional.cross_entropy(model(images), labels).backward()
@@ -55,19 +75,16 @@ def time_on_gpus(args, data: Images) -> list[dict]:
 
         with torch.inference_mode():
             difference = (models["one device"](images) - models["DataParallel"](images)).abs().max().item()
-            forward = measure_alternately(
-                {name: lambda model=model, images=images: model(images) for name, model in models.items()}, args.device
-            )
-        for index in args.device_ids:
-            torch.cuda.reset_peak_memory_stats(index)
-        steps = measure_alternately({name: lambda model=model: step(model) for name, model in models.items()}, args.device)
-        peaks = [torch.cuda.max_memory_allocated(index) / 1e6 for index in args.device_ids]
-        timed(images)
+            calls = {name: functools.partial(model, images) for name, model in models.items()}
+            forward = measure_alternately(calls, args.device, REPEATS)
+        steps = {name: functools.partial(step, model) for name, model in models.items()}
+        timings = measure_alternately(steps, args.device, REPEATS)
         for name in models:
             row = {"measured": name, "devices": 1 if name == "one device" else len(args.device_ids), "batch": batch_size}
-            row |= {"forward_ms": forward[name].median_ms, "step_ms": steps[name].median_ms, "step_sd_ms": steps[name].sd_ms}
-            rows.append(row | {"ratio": steps["one device"].median_ms / steps[name].median_ms, "output_difference": difference})
-        rows[-1] |= {f"{stage}_ms": timed.stage_ms[stage] for stage in STAGES if stage in timed.stage_ms} | {"peak_mb_by_gpu": peaks}
+            row |= {"forward_ms": forward[name].median_ms, "step_ms": timings[name].median_ms, "step_sd_ms": timings[name].sd_ms}
+            rows.append(row | {"ratio": timings["one device"].median_ms / timings[name].median_ms, "output_difference": difference})
+        peaks = peak_mb(steps["DataParallel"], args.device_ids)
+        rows[-1] |= time_stages(network, args.device_ids, images) | {"peak_mb_by_gpu": peaks}
     return rows
 
 

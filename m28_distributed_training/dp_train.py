@@ -51,10 +51,11 @@ def batch_of(data: Images, step: int, args) -> tuple[torch.Tensor, torch.Tensor]
 def train(args, data: dict) -> dict:
     """Train for `-steps` and evaluate; compare with ddp_train.py, where the lines marked 'distributed' are others."""
     network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
-    model = nn.DataParallel(network, device_ids=args.device_ids)  # without a GPU this is the network itself
+    spared = args.device.type == "cpu" and torch.cuda.is_available()  # -device cpu beside GPUs, which DataParallel would take all the same
+    model = network if spared else nn.DataParallel(network, device_ids=args.device_ids)  # without a GPU this is the network itself
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
-    begin = time.perf_counter()
+    clock = None
     for step in (bar := tqdm(range(args.steps), "training", unit="step")):
         images, labels = batch_of(data["train"], step, args)
         loss = nn.functional.cross_entropy(model(images), labels)
@@ -62,13 +63,15 @@ def train(args, data: dict) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        if step % 10 == 0:
+        if step % 10 == 0:  # the first step, in which memory is asked for, among them
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    seconds = time.perf_counter() - begin
+        clock = clock or time.perf_counter()
+    loss, seconds = loss.item(), time.perf_counter() - clock  # item() waits for a GPU
     accuracy = evaluate(network, data["test"], args) / len(data["test"])
     devices = max(1, len(args.device_ids or []))
-    row = {"measured": "training", "devices": devices, "steps": args.steps, "images_per_s": args.steps * args.batch_size / seconds}
-    return row | {"loss": loss.item(), "accuracy": accuracy}
+    rate = (args.steps - 1) * args.batch_size / seconds  # the clock runs from the end of the first step
+    row = {"measured": "training", "devices": devices, "steps": args.steps, "images_per_s": rate}
+    return row | {"loss": loss, "accuracy": accuracy}
 
 
 def evaluate(network: nn.Module, data: Images, args) -> int:
@@ -113,7 +116,7 @@ def traced_step(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, 
 
 def trace(args, data: dict) -> list[dict]:
     """Compare the gradients of the traced step with one device's, then print the bytes counted beside the formula's."""
-    network, k = ConvNet(args.widths, "group"), args.devices
+    network, k = ConvNet(args.widths, "group").to(args.device), args.devices
     images, labels = batch_of(data["train"], 0, args)
     nn.functional.cross_entropy(network(images), labels).backward()
     alone = [parameter.grad.clone() for parameter in network.parameters()]
@@ -145,6 +148,7 @@ def main(args) -> list[dict]:
     args.device_ids = (args.device_ids or list(range(gpus))) if gpus else None
     if gpus:
         args.device = torch.device("cuda", args.device_ids[0])
+        torch.cuda.set_device(args.device)  # the one that is waited for
     if args.batch_size % args.devices:
         raise InputError(f"-devices {args.devices} does not divide -batch_size {args.batch_size}: every device takes an equal part")
     args.steps = min(args.steps, 8) if args.quick else args.steps
@@ -160,7 +164,9 @@ def main(args) -> list[dict]:
         rows += timed
         save_figure(plot_steps(timed), __file__, "steps", args, f"GPUs {args.device_ids}, 5 repeats")
     else:
-        print("\nNo CUDA device here: nn.DataParallel called the network directly, so images/s above are one device's, not DataParallel's.")
+        print(
+            "\nNo CUDA device in use: nn.DataParallel calls the network directly then; images/s above are one device's, not DataParallel's."
+        )
         rows += trace(args, data)
     network = ConvNet(args.widths, "group")
     measures = sizes(network, batch_of(data["train"], 0, args)[0].cpu())

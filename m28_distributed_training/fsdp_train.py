@@ -33,15 +33,14 @@ from m28_distributed_training.ddp_train import (
     REPORT_EVERY,
     agree,
     catch_sigterm,
-    check,
     evaluate,
     fingerprint,
     micro_batches,
     run_settings,
-    training_parser,
 )
 from m28_distributed_training.launch import launch, only_first_speaks, print0
 from m28_distributed_training.traffic import ddp_bytes, fsdp_bytes, parameter_bytes
+from m28_distributed_training.training_flags import check, training_parser
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process collects the parts, the others get nothing
 
@@ -72,7 +71,7 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
     model = shard_network(network, args) if shard else DistributedDataParallel(network)  # sharded
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)  # keeps two numbers a parameter
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-    settings, stop = run_settings(args, steps) | {"script": "fsdp_train"}, catch_sigterm()
+    settings, stop = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, catch_sigterm()
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
     losses, mean_loss, held, seconds, stopped = [], None, {}, [], False
     for step in (bar := tqdm(range(first, steps), "sharded" if shard else "DDP", unit="step", disable=dist.get_rank() != 0, initial=first)):
@@ -91,6 +90,8 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
         held = held or held_bytes(model, optimizer)
         optimizer.zero_grad()
         scheduler.step()
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
             mean_loss, stopped = agree(losses, stop, args)

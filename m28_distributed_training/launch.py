@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -33,7 +34,9 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # names of the network interface th
 
 def add_launch_flags(parser) -> None:
     """The flags that say how many processes there are and how long they wait for each other."""
-    parser.add_argument("-nproc", type=positive_int, default=2, help="processes on this machine, without torchrun (default: 2)")
+    parser.add_argument(
+        "-nproc", type=positive_int, help="processes on this machine, without torchrun (default: 2, where nccl is used one for each GPU)"
+    )
     parser.add_argument(
         "-max_restarts", type=non_negative_int, default=0, help="start all again, from the checkpoint, when one dies (default: 0)"
     )
@@ -49,6 +52,28 @@ def under_torchrun() -> bool:
 def world_size(args) -> int:
     """Processes that train together, all machines counted."""
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else args.nproc
+
+
+def local_processes(args) -> int:
+    """Processes of this training on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if under_torchrun() else args.nproc
+
+
+def settle_device(args) -> None:
+    """Make -device, -backend and -nproc fit together; InputError where they cannot."""
+    if args.device.type == "mps":
+        print("gloo, by which the processes talk, has no way to mps devices: they compute on the CPU")
+        args.device = torch.device("cpu")
+    gpus = torch.cuda.device_count() if args.device.type == "cuda" and dist.is_nccl_available() else 0
+    args.backend = args.backend or ("nccl" if gpus else "gloo")
+    args.nproc = args.nproc or (min(2, gpus) if args.backend == "nccl" else 2) or 1
+    if args.backend == "nccl" and not gpus:
+        raise InputError(
+            "-backend nccl needs CUDA devices and a torch built with nccl, which are not here: leave it out, gloo is used then"
+        )
+    if args.backend == "nccl" and local_processes(args) > gpus:
+        many, has = f"{local_processes(args)} processes", f"{gpus} GPU{'s' if gpus > 1 else ''}"
+        raise InputError(f"nccl wants a GPU for each of the {many}, this machine has {has}: start fewer, or take -backend gloo")
 
 
 def several_machines() -> bool:
@@ -79,6 +104,7 @@ def launch(worker, args) -> None:
 
 def run_processes(worker, args) -> bool:
     """Start -nproc processes, and again with -resume after a death, `-max_restarts` times; True when all ended well."""
+    told = []  # to stop, by SIGTERM
     for attempt in range(args.max_restarts + 1):
         with tempfile.TemporaryDirectory() as folder:  # holds the file through which the processes find each other
             context, store = multiprocessing.get_context("spawn"), Path(folder, "store")
@@ -88,7 +114,7 @@ def run_processes(worker, args) -> bool:
             for process in ranks:
                 process.start()
             signal.signal(signal.SIGINT, meant)
-            signal.signal(signal.SIGTERM, lambda *_, ranks=ranks: [process.terminate() for process in ranks])  # each saves and ends
+            signal.signal(signal.SIGTERM, lambda *_, ranks=ranks: told.append([process.terminate() for process in ranks]))
             try:
                 first = watch(ranks)
             finally:
@@ -99,8 +125,11 @@ def run_processes(worker, args) -> bool:
             return True
         if first.exitcode == BAD_INPUT:  # which has been said, and stays bad
             return False
-        how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
-        print(f"{first.name} {how}", file=sys.stderr, flush=True)
+        if told:  # one that trains saves and ends well, this one had not begun
+            print(f"SIGTERM: ended before the first step{'; -resume goes on' if args.checkpoint else ''}")
+            return True
+        if first.exitcode > 0:
+            print(f"{first.name} ended with exit code {first.exitcode}", file=sys.stderr, flush=True)
         if attempt < args.max_restarts:
             args.resume = True
             print(f"starting all processes again, restart {attempt + 1} of {args.max_restarts}", file=sys.stderr, flush=True)
@@ -115,6 +144,9 @@ def watch(ranks: list):
         for process in ended:
             process.join()
         failed = [process for process in ended if process.exitcode]
+        for process in failed:  # before the others complain
+            if process.exitcode < 0 and process.exitcode != -signal.SIGINT:  # of Ctrl-C the parent speaks
+                print(f"{process.name} was killed by signal {-process.exitcode}", file=sys.stderr, flush=True)
         if failed:
             wait_for_all(list(running), seconds=2)  # those that lost their peer notice it now
             # a signal comes first, that one did not end by itself; then bad input, which explains what the others say
@@ -132,8 +164,7 @@ def wait_for_all(sentinels: list, seconds: float) -> None:
 
 def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
     """Join the group, run worker(args), leave the group. What ends it is said in a sentence; exit code 1, for bad input 2."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if under_torchrun() else args.nproc))  # processes on this machine
-    args.num_threads = args.num_threads or max(1, usable_cpus() // here)
+    args.num_threads = args.num_threads or max(1, usable_cpus() // local_processes(args))
     torch.set_num_threads(args.num_threads)
     seed_everything(args.seed)
     if store:
@@ -157,6 +188,7 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
         said = f"another rank ended first, look above for {other}"
         if "connectFullMesh" in reason and several_machines():
             said += "; if all are alive, the machines cannot reach each other: README, Several machines"
+        time.sleep(0.5)  # a process that died by a signal cannot speak, its parent does
         print(f"rank {rank}: {said} ({reason})", file=sys.stderr, flush=True)
         leave(1)
 
@@ -178,11 +210,6 @@ def local_rank(rank: int) -> int:
 
 
 def join_and_run(worker, args, rank: int, store: Path | None) -> None:
-    backend = args.backend or ("nccl" if args.device.type == "cuda" else "gloo")
-    if backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
-        raise InputError(
-            "-backend nccl needs CUDA devices and a torch built with nccl, which are not here: leave it out, gloo is used then"
-        )
     if args.device.type == "cuda":
         args.device = torch.device("cuda", local_rank(rank) % torch.cuda.device_count())
         torch.cuda.set_device(args.device)
@@ -196,7 +223,7 @@ def join_and_run(worker, args, rank: int, store: Path | None) -> None:
             print(f"hint: a machine that is lost cannot join again: set {OWN_STORE}=1 on all machines, before torchrun", file=sys.stderr)
     else:
         place, world = dist.FileStore(str(store), args.nproc), args.nproc
-    dist.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(args.backend, store=place, rank=rank, world_size=world, timeout=timeout)
     try:
         worker(args)
     finally:

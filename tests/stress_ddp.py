@@ -12,6 +12,7 @@ have gone on from a checkpoint at most `-every` steps old. For Linux and macOS.
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,9 +81,13 @@ def kill_one(run: Run, file: Path, while_writing: bool, rng: random.Random) -> i
         time.sleep(0.001)
     while while_writing and run.process.poll() is None:
         if parts := list(file.parent.glob(f".{file.name}.*.part*")):  # named after the process that writes it
-            target = run.step
-            os.kill(int(re.search(r"\.(\d+)\.part", parts[0].name)[1]), 9)
-            return target
+            target, writer = run.step, int(re.search(r"\.(\d+)\.part", parts[0].name)[1])
+            os.kill(writer, signal.SIGSTOP)
+            time.sleep(0.001)  # until it has stopped
+            if parts[0].exists():  # it is writing still
+                os.kill(writer, signal.SIGKILL)
+                return target
+            os.kill(writer, signal.SIGCONT)
     target = run.step
     rng.choice(run.ranks()).kill()
     return target

@@ -27,7 +27,7 @@ from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
 
 from cifar10 import ConvNet, Images, normalize
 from common import InputError, parse
-from m28_distributed_training import checkpoint, ddp_train, launch
+from m28_distributed_training import checkpoint, ddp_train, fsdp_train, launch, training_flags
 
 SCRIPT = "m28_distributed_training/ddp_train.py"
 SMALL = [*FLAGS[2:], "-steps"]  # the stress command's network, so that its trials and these tests share one undisturbed run
@@ -74,7 +74,7 @@ def alone(monkeypatch):
 
 def arguments(*flags):
     """What the script's parser makes of some flags."""
-    return parse(ddp_train.training_parser("Doc."), [str(flag) for flag in flags])
+    return parse(training_flags.training_parser("Doc."), [str(flag) for flag in flags])
 
 
 # ---- the same computation --------------------------------------------------------------------------------------------
@@ -92,6 +92,7 @@ def test_one_process_with_two_micro_batches_computes_the_same_bits(undisturbed, 
     [row] = json.loads((tmp_path / "ddp_train.json").read_text())["rows"]
     same = ("parameters_sha256", "accuracy", "bytes_per_step")  # bytes: no_sync() keeps the first micro-batch's gradients here
     assert [row[key] for key in same] == [undisturbed[key] for key in same] and row["processes"] == 1
+    assert row["loss"] == pytest.approx(undisturbed["loss"], rel=1e-6)  # of all images, not of those of one process
 
 
 def test_torchrun_starts_the_same_file_and_repeats_the_run(undisturbed, tmp_path):
@@ -192,6 +193,54 @@ def test_sigterm_saves_and_one_process_may_go_on_to_the_same_bits(undisturbed, s
     assert parameters_of(done.stdout) == undisturbed["parameters_sha256"]
 
 
+@posix
+def test_sigterm_before_the_first_step_ends_all_and_starts_nothing_again(start_script, tmp_path):
+    process = start_script(SCRIPT, *SMALL, 100_000, "-checkpoint", tmp_path / "run.pt", "-max_restarts", "3")
+    while process.poll() is None and len(stress_ddp.Run.ranks(SimpleNamespace(process=process))) < 2:
+        time.sleep(0.01)
+    ranks = stress_ddp.Run.ranks(SimpleNamespace(process=process))
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=30)
+    assert process.returncode == 0 and "SIGTERM: ended before the first step; -resume goes on" in said
+    assert "starting all processes again" not in errors and psutil.wait_procs(ranks, timeout=1)[1] == []
+
+
+@posix
+def test_sharded_training_saves_at_sigterm_too(start_training, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", "m28_distributed_training/fsdp_train.py")
+    process, _ = start_training()
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=30)
+    assert process.returncode == 0 and re.search(r"SIGTERM: stopped after step \d+ of 100000; -resume goes on from here", said), errors
+
+
+@pytest.mark.parametrize("train", [ddp_train.train, fsdp_train.train])
+def test_bfloat16_trains_and_stays_float32_between_steps(alone, tmp_path, monkeypatch, capsys, train):
+    monkeypatch.setattr(sys.modules[train.__module__], "catch_sigterm", list)
+    saved = {}
+    for flags in ([], ["-bf16"]):
+        args = arguments(*FLAGS, "-steps", 2, "-every", 2, "-checkpoint", tmp_path / f"run{len(flags)}.pt", *flags)
+        train(args)
+        saved[len(flags)] = torch.load(args.checkpoint, weights_only=True)["model"]
+    same = [torch.equal(saved[0][name], saved[1][name]) for name in saved[0]]
+    assert not all(same) and all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in saved[1].values())
+
+
+def test_a_full_disk_does_not_end_a_training(alone, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ddp_train, "catch_sigterm", list)
+    args = arguments(*FLAGS, "-steps", 3, "-every", 1, "-checkpoint", tmp_path / "run.pt")
+    whole = torch.save
+
+    def save(state, file):
+        return full_disk() if state["step"] == 2 else whole(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    ddp_train.train(args)
+    said = capsys.readouterr()
+    assert said.err.count("warning: no checkpoint at step 2") == 1 and "parameters sha256" in said.out
+    assert torch.load(args.checkpoint, weights_only=True)["step"] == 3
+
+
 def test_a_run_resumed_after_its_last_step_reports_the_same_bits(alone, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ddp_train, "catch_sigterm", list)
     args = arguments(*FLAGS, "-steps", 2, "-every", 1, "-checkpoint", tmp_path / "run.pt")
@@ -218,7 +267,7 @@ def test_without_restarts_a_killed_rank_ends_all_with_a_sentence(start_training)
     ranks[1].kill()
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "rank 1 was killed by signal 9" in said and "rank 0: another rank ended first" in said
+    assert said.index("rank 1 was killed by signal 9") < said.index("rank 0: another rank ended first, look above")
     assert "Traceback" not in said and psutil.wait_procs(ranks, timeout=1)[1] == []
 
 
@@ -260,7 +309,7 @@ def saved(alone, tmp_path) -> SimpleNamespace:
     network(torch.zeros(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     scheduler.step()
-    settings, state = ddp_train.run_settings(args, 40), ddp_train.state_of(network, optimizer, scheduler)
+    settings, state = ddp_train.run_settings(args, noise()[1], 40), ddp_train.state_of(network, optimizer, scheduler)
     assert checkpoint.save_checkpoint(args.checkpoint, {"step": 1, "settings": settings, **state})
     return SimpleNamespace(args=args, file=args.checkpoint, settings=settings, parts=(network, optimizer, scheduler), state=state)
 
@@ -318,6 +367,8 @@ def test_a_foreign_file_is_refused_and_stays(saved):
         ({"widths": [16, 32, 64]}, r"widths \[8, 16, 32\] there and \[16, 32, 64\] here"),
         ({"batch_size": 64, "steps": 80}, "batch_size 128 there and 64 here, steps 40 there and 80 here"),
         ({"script": "fsdp_train"}, "script ddp_train there and fsdp_train here"),
+        ({"device": "cuda"}, "device cpu there and cuda here"),
+        ({"data": "50,000 images of CIFAR-10"}, "data 1,001 images of noise there and 50,000 images of CIFAR-10 here"),
         ({"world": 2}, "written by 1 processes, these are 2: with 4 micro-batches a step the sum would be taken in another order"),
     ],
 )
@@ -326,6 +377,15 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(saved, change, s
     with pytest.raises(InputError, match=said):
         checkpoint.load_checkpoint(saved.file, saved.settings | change)
     assert saved.file.read_bytes() == before
+
+
+def test_a_file_that_is_no_checkpoint_is_never_written_over(saved, tmp_path):
+    training_flags.check(saved.args)  # its own file is fine, also without -resume
+    notes = tmp_path / "notes.pt"
+    notes.write_text("what I meant to keep")
+    with pytest.raises(InputError, match="damaged or no checkpoint"):
+        training_flags.check(arguments("-checkpoint", notes))
+    assert notes.read_text() == "what I meant to keep"
 
 
 def test_another_number_of_processes_may_take_over_two_micro_batches():
@@ -407,6 +467,7 @@ def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
         (["-nproc", "3"], "-batch_size 128 does not divide into 3 equal micro-batches .*: give a multiple of 3"),
         (["-nproc", "2", "-accumulate", "3"], r"6 equal micro-batches \(2 processes x -accumulate 3\): give a multiple of 6"),
         (["-nproc", "200"], "give a multiple of 200"),
+        (["-nproc", "200", "-batch_size", "10200"], "-batch_size 10200 is more than the 10,000 training images"),
         (["-resume"], "-resume goes on from a checkpoint: give -checkpoint FILE, too"),
         (["-checkpoint", "."], "-checkpoint . is a folder: give a file"),
         (["-checkpoint", f"{__file__}/run.pt"], "its folder cannot be made"),
@@ -415,7 +476,7 @@ def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
 )
 def test_what_cannot_work_is_refused_before_a_process_starts(flags, said):
     with pytest.raises(InputError, match=said):
-        ddp_train.check(arguments(*flags))
+        training_flags.check(arguments(*flags))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -424,6 +485,49 @@ def test_what_all_ranks_refuse_is_said_once(run_script):
     assert done.returncode == 1
     assert done.stderr.startswith("error: -backend nccl needs CUDA devices and a torch built with nccl, which are not here")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "flags", "settled"),
+    [
+        ("cpu", 0, [], ("cpu", "gloo", 2)),
+        ("mps", 0, [], ("cpu", "gloo", 2)),  # a Mac
+        ("cuda", 1, [], ("cuda", "nccl", 1)),
+        ("cuda", 4, [], ("cuda", "nccl", 2)),
+        ("cuda", 1, ["-nproc", 2, "-backend", "gloo"], ("cuda", "gloo", 2)),
+        ("cuda", 1, ["-nproc", 2], "nccl wants a GPU for each of the 2 processes, this machine has 1 GPU"),
+    ],
+)
+def test_device_backend_and_processes_fit_together(monkeypatch, device, gpus, flags, settled):
+    args = arguments(*flags)
+    args.device = torch.device(device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    if isinstance(settled, str):
+        with pytest.raises(InputError, match=settled):
+            launch.settle_device(args)
+    else:
+        launch.settle_device(args)
+        assert (args.device.type, args.backend, args.nproc) == settled
+
+
+def test_cuda_without_nccl_talks_by_gloo(monkeypatch):
+    args = arguments()
+    args.device = torch.device("cuda")  # as on Windows
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    launch.settle_device(args)
+    assert (args.backend, args.nproc) == ("gloo", 2)
+
+
+@pytest.mark.parametrize(("cpus", "nproc", "threads"), [(8, 2, 4), (2, 2, 1), (3, 4, 1)])
+def test_each_process_takes_its_share_of_the_cpus(monkeypatch, cpus, nproc, threads):
+    args = arguments("-nproc", nproc)
+    monkeypatch.setattr(launch, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(launch, "leave", lambda code: None)
+    monkeypatch.setattr(launch, "join_and_run", lambda worker, args, rank, store: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    launch.run_rank(None, args, 0)
+    assert args.num_threads == threads
 
 
 @pytest.mark.parametrize(("taken", "said"), [(True, "is in use by another program: give torchrun another one"), (False, "MASTER_PORT")])

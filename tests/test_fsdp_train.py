@@ -16,7 +16,7 @@ from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
 
 from cifar10 import ConvNet, load_cifar10
 from common import InputError, parse
-from m28_distributed_training import checkpoint, ddp_train, fsdp_train, launch
+from m28_distributed_training import checkpoint, ddp_train, fsdp_train, launch, training_flags
 
 SCRIPT = "m28_distributed_training/fsdp_train.py"
 
@@ -66,7 +66,7 @@ def alone(monkeypatch):
 
 
 def test_a_run_resumed_after_its_last_step_ends_with_the_same_bits(alone, tmp_path):
-    args = parse(ddp_train.training_parser("Doc."), [*FLAGS, "-steps", "2", "-every", "1", "-checkpoint", str(tmp_path / "run.pt")])
+    args = parse(training_flags.training_parser("Doc."), [*FLAGS, "-steps", "2", "-every", "1", "-checkpoint", str(tmp_path / "run.pt")])
     data = load_cifar10()
     runs = []
     for args.resume in (False, True):
@@ -77,11 +77,11 @@ def test_a_run_resumed_after_its_last_step_ends_with_the_same_bits(alone, tmp_pa
 
 
 def test_a_checkpoint_of_ddp_is_refused_with_a_sentence(alone, tmp_path):
-    args = parse(ddp_train.training_parser("Doc."), [*FLAGS, "-resume", "-checkpoint", str(tmp_path / "ddp.pt")])
+    args = parse(training_flags.training_parser("Doc."), [*FLAGS, "-resume", "-checkpoint", str(tmp_path / "ddp.pt")])
     network = ConvNet(args.widths, "group")
     optimizer = torch.optim.AdamW(network.parameters())
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.001, total_steps=STEPS)
-    settings, state = ddp_train.run_settings(args, STEPS), ddp_train.state_of(network, optimizer, scheduler)
+    settings, state = ddp_train.run_settings(args, load_cifar10()["train"], STEPS), ddp_train.state_of(network, optimizer, scheduler)
     checkpoint.save_checkpoint(args.checkpoint, {"step": 5, "settings": settings, **state})
     before = args.checkpoint.read_bytes()
     with pytest.raises(InputError, match=r"ddp.pt belongs to another run: script ddp_train there and fsdp_train here; give the same flags"):

@@ -3,7 +3,7 @@
 import pytest
 
 from common import InputError, parse
-from m28_distributed_training.ddp_train import check, training_parser
+from m28_distributed_training.training_flags import check, training_parser
 
 
 def accumulate(monkeypatch, world: int, *flags: str) -> int:
