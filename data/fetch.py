@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
@@ -102,7 +102,8 @@ def fetch(url: str, part: Path) -> None:
             if size_of(part) > furthest:
                 failures, furthest = 0, size_of(part)
             refused = code is not None and code < 500 and code != 429  # 429 and 5xx: the server is busy
-            if refused or failures == len(PAUSES_S):
+            no_way = isinstance(error, URLError) and "Tunnel connection failed" in str(error)  # what http.client says of a proxy's no
+            if refused or no_way or failures == len(PAUSES_S):
                 raise InputError(f"{url}: {error}") from error
             print(f"{error}; next try in {PAUSES_S[failures]} s")
         time.sleep(PAUSES_S[failures])

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
+
+    def do_CONNECT(self):  # as a proxy that lets nobody out
+        self.server.requests.append((self.path, "CONNECT"))
+        self.send_error(403)
 
     def log_message(self, *args):
         pass
@@ -399,8 +404,10 @@ def test_killed_while_unpacking(tmp_path, home, capsys):
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "DATA", written(tmp_path / "a file", b"") / "data")
-    with pytest.raises(InputError, match=r"cannot be written to .*COURSE_DATA"):
+    for module in (common, download):
+        monkeypatch.setattr(module, "DATA", tmp_path / "a file" / "data")
+    written(tmp_path / "a file", b"")
+    with pytest.raises(InputError, match=r"cannot write to .*a file.*: set COURSE_DATA"):
         run(written(tmp_path / "mine.tgz", ARCHIVE))
 
 
@@ -438,6 +445,19 @@ def test_without_network(type_in, monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.err.startswith("error: no network, or no connection to www.cs.toronto.edu: give an archive at hand with -from FILE")
     assert len(said.err.splitlines()) == 1
+
+
+def test_a_proxy_that_lets_nobody_out_is_asked_once_a_mirror(server, type_in, monkeypatch, capsys):
+    monkeypatch.setattr(fetch, "PAUSES_S", (1, 2, 4))
+    monkeypatch.setenv("https_proxy", server.url)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib looks for proxies once a process
+    began = time.perf_counter()
+    with pytest.raises(InputError, match=r"could not be had.*-from FILE.*sample data"):
+        type_in("lfw")
+    assert time.perf_counter() - began < 2
+    hosts = [f"{fetch.urlsplit(source.url).hostname}:443" for source in download.LFW_SOURCES]
+    assert server.requests == [(host, "CONNECT") for host in hosts]
+    assert capsys.readouterr().out.count("Tunnel connection failed: 403 Forbidden") == len(hosts)
 
 
 def test_success_names_folder_numbers_and_next_command(type_in, tmp_path, home, capsys):
