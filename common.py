@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import glob
 import io
 import json
 import multiprocessing
@@ -31,7 +32,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
@@ -40,8 +41,8 @@ if TYPE_CHECKING:  # torch and matplotlib take seconds to import, so the functio
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent
-DATA = Path(os.environ.get("COURSE_DATA", ROOT / "data"))
-RESULTS = Path(os.environ.get("COURSE_RESULTS", ROOT / "results"))
+DATA = Path(os.environ.get("COURSE_DATA") or ROOT / "data")  # an empty variable counts as none, as in the Makefile
+RESULTS = Path(os.environ.get("COURSE_RESULTS") or ROOT / "results")
 
 
 class InputError(ValueError):
@@ -161,10 +162,10 @@ def non_negative_int(text: str) -> int:
 
 
 def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a share between 0 and 1 is expected")
-    return value
+    with contextlib.suppress(ValueError):  # no number
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a share between 0 and 1 is expected")
 
 
 def seed(text: str) -> int:
@@ -267,12 +268,17 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        ours = {"COURSE_RESULTS": RESULTS, "COURSE_DATA": DATA}
-        variable = next((name for name, place in ours.items() if folder.is_relative_to(place)), None)
-        move = f"set {variable} to a folder that you may write to" if variable else "name a file in a folder that you may write to"
-        raise InputError(f"cannot write to {display_path(folder)} ({error.strerror}): {move}") from error
+        refuse_writing(folder, error)
+
+
+def refuse_writing(folder: Path, error: OSError) -> NoReturn:
+    """Say in an InputError that nothing can be written into the folder, and which variable moves it; a full disk is raised as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    ours = {"COURSE_RESULTS": RESULTS, "COURSE_DATA": DATA}
+    variable = next((name for name, place in ours.items() if folder.is_relative_to(place)), None)
+    move = f"set {variable} to a folder that you may write to" if variable else "name a file in a folder that you may write to"
+    raise InputError(f"cannot write to {display_path(folder)} ({error.strerror or error}): {move}") from error
 
 
 @contextlib.contextmanager
@@ -281,13 +287,10 @@ def atomic_path(path: Path):
 
     What a process left that was killed while it wrote is removed by the next one that writes the same file.
     """
-    ours = f".{path.name}.{platform.node()}."  # the machine, because several may write to one disk
-    temporary = path.with_name(f"{ours}{os.getpid()}.part{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part{path.suffix}")
     check_writable(path.parent)
     temporary.touch()
-    for left in path.parent.glob(f"{ours}*.part*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(ours).split(".")[0])):
-            left.unlink(missing_ok=True)
+    remove_left(path.parent, glob.escape(path.name))
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -295,6 +298,14 @@ def atomic_path(path: Path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_left(folder: Path, names: str) -> None:
+    """Remove what processes left that were killed while they wrote a file whose name matches the pattern `names`."""
+    for left in folder.glob(f".{names}.{glob.escape(platform.node())}.*.part*"):  # of this machine: several may write to one disk
+        process = re.search(r"\.(\d+)\.part(\.[^.]*)?$", left.name)
+        if process and not psutil.pid_exists(int(process[1])):
+            left.unlink(missing_ok=True)
 
 
 def save_results(file: str, args: argparse.Namespace, rows: list[dict]) -> Path:

@@ -14,7 +14,6 @@ environment variable COURSE_DATA puts the data elsewhere.
 
 import argparse
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import DATA, ROOT, InputError, display_path, new_parser, parse
+from common import DATA, ROOT, InputError, check_writable, display_path, new_parser, parse
 from data.fetch import UNKNOWN, Source, download, sha256_of, size_of
 
 
@@ -129,14 +128,8 @@ def lock(file) -> bool:
 def work_folder(name: str):
     """Yield data/.<name>.part, for one process at a time: half a download stays in it for the next run, nothing else does."""
     work = DATA / f".{name}.part"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock_file = (work / "lock").open("w")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(f"{DATA} cannot be written to ({error.strerror}): set COURSE_DATA to a folder that can") from error
-    with lock_file:
+    check_writable(work)
+    with (work / "lock").open("w") as lock_file:
         if not lock(lock_file):
             raise InputError(f"another run is fetching {name} at this moment: wait until it has ended")
         tidy(work)  # after a run that was killed

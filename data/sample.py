@@ -8,7 +8,6 @@ them costs what it costs with LFW. The shapes have CIFAR-10's layout; a convolut
 cannot. An accuracy reached on either says nothing about photographs. Drawing takes seconds, once.
 """
 
-import errno
 import json
 import shutil
 import sys
@@ -22,14 +21,15 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import DATA, ROOT, InputError, display_path, new_parser, parse, positive_int
+from common import DATA, ROOT, InputError, display_path, new_parser, parse, positive_int, refuse_writing
 from data.faces import people, save_face
 
 VERSION = 1  # raise it when a drawing changes: samples made before are then made anew
+IMAGES = 2048  # drawn faces, unless another number is asked for
 MARKER = "sample.json"  # written last: a folder without it is not complete
 
 
-def lfw_sample(folder: Path | None = None, images: int = 2048, seed: int = 0, force: bool = False) -> Path:
+def lfw_sample(folder: Path | None = None, images: int = IMAGES, seed: int = 0, force: bool = False) -> Path:
     """A folder of drawn faces, First_Last/First_Last_0001.jpg; made on first use. Raises InputError where it cannot write."""
     folder = Path(folder or DATA / "sample_lfw")
     jobs = {f"{name}/{name}_{number:04}.jpg": partial(save_face, seed, name, number) for name, number in people(images, seed)}
@@ -118,10 +118,7 @@ def make_once(folder: Path, key: dict, jobs: dict, force: bool) -> None:
         fill(part, key, jobs)
         move(part, folder, key, jobs)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        place, reason = display_path(folder), error.strerror or error
-        raise InputError(f"cannot write sample data to {place} ({reason}); set COURSE_DATA to a folder that you may write to") from error
+        refuse_writing(folder, error)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -173,7 +170,7 @@ def move(part: Path, folder: Path, key: dict, names) -> None:
 
 if __name__ == "__main__":
     parser = new_parser(__doc__, computes=False)
-    parser.add_argument("-images", type=positive_int, default=2048, help="number of faces (default: 2048)")
+    parser.add_argument("-images", type=positive_int, default=IMAGES, help=f"number of faces (default: {IMAGES})")
     parser.add_argument("-force", action="store_true", help="draw anew even if the data is there")
     args = parse(parser)
     lfw_sample(images=args.images, seed=args.seed, force=args.force)

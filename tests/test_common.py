@@ -4,6 +4,7 @@ import errno
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -57,6 +58,15 @@ def test_a_wrong_flag_ends_with_2_and_one_line(parser, capsys, words, said):
     assert stop.value.code == 2
     assert error.count("\n") == 1
     assert all(part in error for part in said)
+
+
+@pytest.mark.parametrize("word", ["abc", "1.5", "-0.1", "nan", ""])
+def test_a_share_lies_between_0_and_1(parser, capsys, word):
+    parser.add_argument("-amount", type=common.share)
+    assert common.parse(parser, ["-amount", "0.3"]).amount == 0.3
+    with pytest.raises(SystemExit):
+        common.parse(parser, [f"-amount={word}"])
+    assert f"argument -amount: {word!r} is not allowed: a share between 0 and 1 is expected" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -169,8 +179,14 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
         pass
 
 
+def test_an_empty_variable_counts_as_none():
+    code = "import common; assert (common.DATA, common.RESULTS) == (common.ROOT / 'data', common.ROOT / 'results')"
+    environment = {**os.environ, "COURSE_DATA": "", "COURSE_RESULTS": ""}
+    subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, env=environment, check=True)
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    path = tmp_path / "a.rgb"
+    path = tmp_path / "a[1].rgb"  # no pattern, though it looks like one
     code = f"""
 import os, pathlib, common
 with common.atomic_path(pathlib.Path({str(path)!r})) as temporary:
@@ -181,7 +197,7 @@ with common.atomic_path(pathlib.Path({str(path)!r})) as temporary:
     assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
     with common.atomic_path(path) as temporary:
         temporary.write_bytes(b"whole")
-    assert [left.name for left in tmp_path.iterdir()] == ["a.rgb"] and path.read_bytes() == b"whole"
+    assert [left.name for left in tmp_path.iterdir()] == ["a[1].rgb"] and path.read_bytes() == b"whole"
 
 
 def test_results_name_machine_versions_and_flags(parser, monkeypatch, tmp_path):

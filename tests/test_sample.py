@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import common
 from common import InputError
 from data import sample
 from data.faces import draw_face
@@ -226,15 +227,16 @@ def test_what_a_killed_run_left_is_removed_after_an_hour(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "DATA", tmp_path)
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"file.sample_lfw .*COURSE_DATA"):
+    with pytest.raises(InputError, match=r"cannot write to .*file.sample_lfw .*: set COURSE_DATA"):
         lfw_sample(tmp_path / "file" / "sample_lfw", images=2)
 
     def read_only(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(InputError, match=r"cannot write .*sample_cifar10 \(Permission denied\).*COURSE_DATA"):
+    with pytest.raises(InputError, match=r"cannot write to .*sample_cifar10 \(Permission denied\): set COURSE_DATA"):
         cifar10_sample(tmp_path / "sample_cifar10")
 
 
