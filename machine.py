@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -89,6 +90,16 @@ def available_memory() -> int:
     """Bytes this process may still take without swapping, a container's limit counted."""
     left = cgroup_memory_left()
     return min(psutil.virtual_memory().available, sys.maxsize if left is None else left)
+
+
+def shared_memory() -> int | None:
+    """Bytes free in /dev/shm, through which worker processes hand over their batches; None where there is none (macOS, Windows)."""
+    return shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
+
+
+def workers_within(memory: int, batch: int, prefetch: int) -> int:
+    """How many workers' batches, `prefetch` ahead each, fit into `memory` beside the one in use; both in bytes."""
+    return max(0, (memory // batch - 1) // prefetch)
 
 
 # ---- what this machine is made of ------------------------------------------------------------------------------------
@@ -198,8 +209,6 @@ def cpu_name() -> str:
 
 def cpu_has(feature: str) -> bool:
     """Whether the processor has these instructions, avx512_bf16 for example; False where torch is too old to tell."""
-    import torch
-
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get(feature, False))
 
 
