@@ -6,6 +6,7 @@ has another fingerprint, so a stale file is never read; it is removed when its s
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -17,19 +18,19 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import DATA, InputError, atomic_path, display_path
+from common import DATA, InputError, atomic_path, check_writable, display_path, remove_left
 
 
 class NoPlace(InputError):
     """The decoded pixels cannot be kept, for lack of space or of permission; everything that decodes works without them."""
 
 
-def fingerprint(files: list[str]) -> str:
-    """16 hexadecimal digits that change when an image is added, removed, renamed or rewritten."""
+def fingerprint(folder: str | Path, files: list[str]) -> str:
+    """16 hexadecimal digits that change when an image is added, removed, renamed or rewritten, however the folder is spelled."""
     digest = hashlib.sha256()
     for file in files:
         status = os.stat(file)  # noqa: PTH116 - 13,000 Path objects take longer than the calls
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{os.path.relpath(file, folder)}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     return digest.hexdigest()[:16]
 
 
@@ -39,29 +40,35 @@ def open_cache(folder, files: list[str], shape: tuple[int, int, int], decode_int
     Returns uint8, image after image and one byte more (see affine.as_words). decode_into(file, pixels) decodes one image; `limit`
     says that `files` are only the first so many of the folder.
     """
-    folder = Path(folder).resolve()
-    family = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}-{'all' if limit is None else limit}"
-    path = DATA / "cache" / f"{family}-{fingerprint(files)}.rgb"
+    place = Path(folder).resolve()
+    family = f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}-{'all' if limit is None else limit}"
+    path = DATA / "cache" / f"{family}-{fingerprint(folder, files)}.rgb"
     size = len(files) * int(np.prod(shape)) + 1
     if not path.is_file() or path.stat().st_size != size:
-        write_cache(path, files, shape, decode_into, threads, size)
-        for old in path.parent.glob(f"{family}-*.rgb"):
+        relatives = f"{glob.escape(family)}-*.rgb"  # earlier states of this folder
+        make_room(path.parent, relatives, size)
+        write_cache(path, files, shape, decode_into, threads)
+        for old in path.parent.glob(relatives):
             if old != path:
                 with contextlib.suppress(PermissionError):  # Windows: another process has it mapped
-                    old.unlink()  # of an earlier state of this folder
+                    old.unlink()
     return np.memmap(path, np.uint8, mode="r")
 
 
-def write_cache(path: Path, files: list[str], shape: tuple[int, int, int], decode_into, threads: int, size: int) -> None:
+def make_room(place: Path, relatives: str, size: int) -> None:
+    """Remove what killed runs left of such files; NoPlace where `size` bytes cannot be written into the folder `place`."""
+    try:
+        check_writable(place)
+    except InputError as error:
+        raise NoPlace(f"decoded pixels cannot be kept: {error}") from error
+    remove_left(place, relatives)
+    if (free := shutil.disk_usage(place).free) < size:
+        lack = f"decoded pixels need {size / 1e9:.1f} GB in {display_path(place)}, {free / 1e9:.1f} are free"
+        raise NoPlace(f"{lack}: set COURSE_DATA to a folder on another disk")
+
+
+def write_cache(path: Path, files: list[str], shape: tuple[int, int, int], decode_into, threads: int) -> None:
     """Decode `files` on all threads and write them in order; the file appears under its name only when it is complete."""
-    place = display_path(path.parent)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise NoPlace(f"decoded pixels cannot be written to {place}: point COURSE_DATA to a folder that you may write to")
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise NoPlace(f"decoded pixels need {size / 1e9:.1f} GB in {place}, {free / 1e9:.1f} are free: point COURSE_DATA to another disk")
 
     def decoded(file: str) -> np.ndarray:
         pixels = np.empty(shape, np.uint8)
