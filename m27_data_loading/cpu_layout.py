@@ -20,7 +20,6 @@ GPU trains, the main process mostly waits; a model that trains on the same CPUs 
 
 import math
 import multiprocessing
-import shutil
 import sys
 from pathlib import Path
 
@@ -30,10 +29,22 @@ import torch
 from matplotlib.patches import Patch, Rectangle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import new_parser, parse, positive_int, print_table, save_figure, save_results
-from machine import Cache, Layout, affinity_cpus, allowed_cpus, available_memory, cgroup_quota, cpu_name, read_layout, usable_cpus
+from common import DATA, new_parser, parse, positive_int, print_table, save_figure, save_results
+from data.sample import IMAGES
+from machine import (
+    Cache,
+    Layout,
+    affinity_cpus,
+    allowed_cpus,
+    available_memory,
+    cgroup_quota,
+    cpu_name,
+    read_layout,
+    shared_memory,
+    usable_cpus,
+    workers_within,
+)
 
-LFW_IMAGES = 13_233  # in Labeled Faces in the Wild, the data set of the next exercise
 START_METHODS = "multiprocessing; Linux: fork, from Python 3.14 on forkserver; macOS, Windows: spawn"
 BATCH_SIZE = 512  # the default of lfw_dataset.py
 PREFETCH = 2  # batches a worker prepares ahead, DataLoader's default
@@ -72,11 +83,11 @@ def cache_rows(layout: Layout) -> list[dict]:
     return rows
 
 
-def process_rows(memory: int, shared_memory: int | None) -> list[dict]:
+def process_rows(memory: int, shared: int | None) -> list[dict]:
     """What this process may use of it, and how it would start its workers."""
     quota = cgroup_quota()
     start = multiprocessing.get_start_method(allow_none=True)  # without allow_none, the question would fix the answer for good
-    shared_gb = None if shared_memory is None else round(shared_memory / 1e9, 2)
+    shared_gb = None if shared is None else round(shared / 1e9, 2)
     return [
         row("CPUs in the affinity", affinity_cpus(), "psutil.Process().cpu_affinity(); all of them on macOS"),
         row("CPU quota", round(quota, 2) if quota else "no limit", "cgroup cpu.max (v2) or cpu.cfs_quota_us (v1)"),
@@ -89,31 +100,31 @@ def process_rows(memory: int, shared_memory: int | None) -> list[dict]:
     ]
 
 
-def worker_rows(batch_size: int, image_size: int, usable: int, memory: int, shared_memory: int | None) -> list[dict]:
-    """The limits on the number of workers, and the smallest of them; memory in bytes, `shared_memory` None without /dev/shm."""
+def worker_rows(images: int, batch_size: int, image_size: int, usable: int, memory: int, shared: int | None) -> list[dict]:
+    """The limits on the number of workers, and the smallest of them; memory in bytes, `shared` (memory) None without /dev/shm."""
     batch = batch_size * 3 * image_size**2 * 4  # bytes of float32
     limits = [
         row("workers by CPUs", usable, "one for each usable CPU, the main process mostly waits"),
-        row("workers by batches", -(-LFW_IMAGES // batch_size), "one for each batch of LFW, more would have nothing to do"),
-        row("workers by memory", workers_within(memory // 2, batch), "half of the available memory holds no more such batches"),
+        row("workers by batches", -(-images // batch_size), f"one for each batch of {images:,} images, more would have nothing to do"),
+        row("workers by memory", workers_within(memory // 2, batch, PREFETCH), "half of the available memory holds no more such batches"),
     ]
-    if shared_memory is not None:
+    if shared is not None:
         reason = "/dev/shm holds no more such batches; docker: --shm-size"
-        limits.append(row("workers by /dev/shm", workers_within(shared_memory, batch), reason))
+        limits.append(row("workers by /dev/shm", workers_within(shared, batch, PREFETCH), reason))
     smallest = min(limits, key=lambda limit: limit["value"])  # of equals the first
     workers = smallest["value"]
-    in_flight = round((workers * PREFETCH + 1) * batch / 1e6, 1)
+    in_flight = min(workers * PREFETCH + 1, -(-images // batch_size))
     return [
         row("one batch, MB", round(batch / 1e6, 1), f"{batch_size} images x 3 colours x {image_size} x {image_size} pixels x 4 bytes"),
         *limits,
-        row("batches in flight, MB", in_flight, f"(workers {workers} x prefetch {PREFETCH} + the one in use) x one batch"),
+        row("batches in flight, MB", round(in_flight * batch / 1e6, 1), f"workers {workers} x {PREFETCH} ahead + the one in use, or all"),
         row("recommended -num_workers", workers, smallest["source"]),
     ]
 
 
-def workers_within(memory: int, batch: int) -> int:
-    """How many workers' batches fit beside the one in use; both in bytes."""
-    return max(0, (memory // batch - 1) // PREFETCH)
+def images_to_load() -> int:
+    """How many images lfw_dataset.py loads when it is given no folder: the real LFW's where they are, else the drawn ones."""
+    return len(list((DATA / "lfw").glob("*/*.jpg"))) or IMAGES
 
 
 def course_answer(cores: int, physical: int | None, usable: float) -> list[str]:
@@ -196,10 +207,9 @@ def draw_caches(axes, places: dict, caches: list[Cache], levels: list[str]) -> N
 
 
 def main(args) -> list[dict]:
-    shared_memory = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
-    memory = available_memory()
-    workers = worker_rows(args.batch_size, args.image_size, usable_cpus(), memory, shared_memory)
-    return [*hardware_rows(read_layout()), *process_rows(memory, shared_memory), *workers]
+    memory, shared = available_memory(), shared_memory()
+    workers = worker_rows(images_to_load(), args.batch_size, args.image_size, usable_cpus(), memory, shared)
+    return [*hardware_rows(read_layout()), *process_rows(memory, shared), *workers]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from matplotlib.colors import to_hex
 
 import machine
+from data.sample import IMAGES, people
 from m27_data_loading import cpu_layout
 from machine import Cache, Layout, cgroup_memory_left, cgroup_quota, cpu_numbers, read_layout
 
@@ -295,29 +296,38 @@ def test_facts_beside_every_result():
     "changed, workers, binding",
     [
         ({}, 8, "CPU"),
-        ({"usable": 64}, 26, "batch of LFW"),  # 13,233 images in batches of 512
-        ({"usable": 64, "batch_size": 8192}, 2, "batch of LFW"),
+        ({"usable": 64}, 26, "batch of 13,233 images"),  # batches of 512
+        ({"usable": 64, "batch_size": 8192}, 2, "batch of 13,233 images"),
+        ({"images": 2048}, 4, "batch of 2,048 images"),
         ({"memory": 6 * GB}, 3, "memory"),  # 3 GB hold 7 batches of 384 MB: 3 workers' and the one in use
         ({"memory": 1 * GB}, 0, "memory"),
-        ({"shared_memory": 64 * 2**20}, 0, "/dev/shm"),  # docker's default
-        ({"shared_memory": 5 * 384 * 10**6}, 2, "/dev/shm"),
-        ({"shared_memory": None}, 8, "CPU"),
-        ({"shared_memory": 64 * 2**20, "batch_size": 8, "image_size": 32}, 8, "CPU"),
+        ({"shared": 64 * 2**20}, 0, "/dev/shm"),  # docker's default
+        ({"shared": 5 * 384 * 10**6}, 2, "/dev/shm"),
+        ({"shared": None}, 8, "CPU"),
+        ({"shared": 64 * 2**20, "batch_size": 8, "image_size": 32}, 8, "CPU"),
         ({"usable": 1}, 1, "CPU"),
         ({"batch_size": 10**9, "image_size": 10**6}, 0, "memory"),
     ],
 )
 def test_recommended_workers(changed, workers, binding):
-    plenty = {"batch_size": 512, "image_size": 250, "usable": 8, "memory": 100 * GB, "shared_memory": 50 * GB}
+    plenty = {"images": 13_233, "batch_size": 512, "image_size": 250, "usable": 8, "memory": 100 * GB, "shared": 50 * GB}
     rows = cpu_layout.worker_rows(**(plenty | changed))
     assert rows[-1]["item"] == "recommended -num_workers" and rows[-1]["value"] == workers
     assert binding in rows[-1]["source"]
 
 
 def test_megabytes_of_a_batch_and_in_flight():
-    values = {row["item"]: row["value"] for row in cpu_layout.worker_rows(512, 250, 8, 100 * GB, 50 * GB)}
-    assert values["one batch, MB"] == 384
-    assert values["batches in flight, MB"] == (8 * 2 + 1) * 384
+    for images, in_flight in {13_233: 8 * 2 + 1, 2048: 4}.items():  # 2,048 images are four batches, however many workers there are
+        values = {row["item"]: row["value"] for row in cpu_layout.worker_rows(images, 512, 250, 8, 100 * GB, 50 * GB)}
+        assert values["one batch, MB"] == 384
+        assert values["batches in flight, MB"] == in_flight * 384
+
+
+def test_the_images_are_those_that_would_be_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_layout, "DATA", tmp_path)
+    assert cpu_layout.images_to_load() == len(people(IMAGES, 0)) == 2048 and list(tmp_path.iterdir()) == []  # nothing is drawn for it
+    write_files(tmp_path / "lfw", {"Ada_Ash/Ada_Ash_0001.jpg": "", "Bel_Birch/Bel_Birch_0001.jpg": "", "notes.txt": ""})
+    assert cpu_layout.images_to_load() == 2
 
 
 @pytest.mark.parametrize(
