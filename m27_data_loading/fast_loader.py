@@ -68,9 +68,8 @@ def decode_into(path: str, pixels: np.ndarray) -> None:
             pixels[:] = image
     if shape != pixels.shape:
         (height, width), (wanted_height, wanted_width) = shape[:2], pixels.shape[:2]
-        raise InputError(
-            f"{path} has {width}x{height} pixels, the first image {wanted_width}x{wanted_height}: resize them to one size first"
-        )
+        differ = f"{path} has {width}x{height} pixels, the first image {wanted_width}x{wanted_height}"
+        raise InputError(f"{differ}: bring the files to one size first (PIL's resize), or load them with lfw_dataset.py -resize 250")
 
 
 # ---- the loader ------------------------------------------------------------------------------------------------------

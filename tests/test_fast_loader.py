@@ -3,6 +3,8 @@
 import errno
 import gc
 import math
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -109,7 +111,8 @@ def test_every_kind_of_image_is_taken(tmp_path, mode):
 @pytest.mark.parametrize("size", [(32, 32), (128, 100)])
 def test_another_size_is_named(copy_of_faces, size):
     Image.new("RGB", size).save(copy_of_faces / "Person_09" / "odd.jpg")
-    with pytest.raises(InputError, match=rf"odd.jpg has {size[0]}x{size[1]} pixels, the first image 64x48"):
+    said = rf"odd.jpg has {size[0]}x{size[1]} pixels, the first image 64x48: .*PIL.*lfw_dataset.py -resize 250"
+    with pytest.raises(InputError, match=said):
         list(FastLoader(copy_of_faces, 8))
 
 
@@ -214,6 +217,44 @@ def test_the_cache_is_written_once(cached, monkeypatch):
     cached()
     monkeypatch.setattr(pixel_cache, "write_cache", lambda *_: pytest.fail("written again"))
     cached()
+
+
+def test_a_folder_has_one_cache_however_it_is_spelled(cached, copy_of_faces, tmp_path, monkeypatch):
+    cached()
+    (cache,) = (tmp_path / "cache").iterdir()
+    written = cache.stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("faces", "./faces/", tmp_path / "cache" / ".." / "faces"):
+        FastLoader(spelling, batch_size=8, cache=True)
+        assert list((tmp_path / "cache").iterdir()) == [cache] and cache.stat().st_mtime_ns == written
+
+
+def test_names_that_look_like_patterns_or_are_no_text(faces, monkeypatch, tmp_path):
+    monkeypatch.setattr(pixel_cache, "DATA", tmp_path)
+    folder = Path(shutil.copytree(faces, tmp_path / "faces[1]"))
+    if sys.platform == "linux":  # others take no such name
+        (folder / "Person_00").rename(folder / os.fsdecode(b"Person\xff"))
+    FastLoader(folder, 8, cache=True)
+    (folder / "Person_05" / "Person_05_0001.jpg").unlink()
+    FastLoader(folder, 8, cache=True)
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # the stale one is gone
+
+
+def test_what_a_killed_write_left_of_another_state_is_removed(cached, copy_of_faces, tmp_path):
+    cached()
+    (cache,) = (tmp_path / "cache").iterdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    cache.rename(cache.with_name(f".{cache.name}.{platform.node()}.{ended.pid}.part.rgb"))
+    (copy_of_faces / "Person_05" / "Person_05_0001.jpg").unlink()
+    cached()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_no_right_to_write_is_a_sentence_of_its_own_kind(cached, tmp_path):
+    (tmp_path / "cache").write_text("in the way")  # root may write anywhere, but not below a file
+    with pytest.raises(pixel_cache.NoPlace, match="decoded pixels cannot be kept: cannot write to"):
+        cached()
 
 
 def test_a_part_of_the_folder_has_a_cache_of_its_own(cached, copy_of_faces, tmp_path):
