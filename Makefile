@@ -7,26 +7,32 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 READY := .venv/requirements.txt
 
-.PHONY: exercises m27 m28 m29 test lint
+BEGUN := .venv/begun
+
+.PHONY: exercises begin m27 m28 m29 test lint
 exercises: m27 m28 m29
 	@echo
-	@echo "Every exercise ran. Written to $${COURSE_RESULTS:-results}:"
-	@ls "$${COURSE_RESULTS:-results}"
+	@echo "Every exercise ran and wrote:"
+	@find "$${COURSE_RESULTS:-results}" -type f -newer $(BEGUN) | sort
 
-m27: $(READY)
+# Files that are newer than this one were written by this run.
+begin: $(READY)
+	@touch $(BEGUN)
+
+m27: begin
 	$(RUN) m27_data_loading/cpu_layout.py
 	$(RUN) m27_data_loading/lfw_dataset.py -quick
 	$(RUN) m27_data_loading/lfw_dataset.py -quick -visualize_batch
 	$(RUN) m27_data_loading/lfw_dataset.py -quick -get_timing -num_workers 0 1 2 -augment both
 	$(RUN) m27_data_loading/loading_ladder.py -quick
 
-m28: $(READY)
+m28: begin
 	$(RUN) m28_distributed_training/dp_train.py -quick
 	$(RUN) m28_distributed_training/ddp_train.py -quick
 	$(RUN) m28_distributed_training/ddp_train.py -quick -benchmark
 	$(RUN) m28_distributed_training/fsdp_train.py -quick
 
-m29: $(READY)
+m29: begin
 	$(RUN) m29_inference/architectures.py -quick
 	$(RUN) m29_inference/quantize.py -quick
 	$(RUN) m29_inference/quantize.py -quick -model student
