@@ -2,7 +2,7 @@
 
 The channels that count least (shrink.py says how they are ranked) are first made silent. Then they are cut out of every tensor, and the
 smaller network must compute what the silent one does before it is fine-tuned and timed. The unpruned network gets the same
-fine-tuning. Widths stay multiples of EIGHT, in which the kernels work: one channel less than that is not faster.
+fine-tuning. Widths stay multiples of UNIT, in which the kernels work: one channel less than that is not faster.
 """
 
 import statistics
@@ -23,14 +23,14 @@ from m29_inference.prune_accuracy import tune
 from m29_inference.shrink import Link, links, rank, shrink, silence
 from m29_inference.student import accuracy, copy_of, student_and_data
 
-EIGHT = 8
+UNIT = 16  # channels: as many float32 numbers as the widest vector registers hold
 SHARES = (0.75, 0.5, 0.25)  # of the multiplications
 BATCHES = (1, 128)
 
 
 def kept_channels(link: Link, share: float) -> torch.Tensor:
-    """Those of a link's channels that count most, ascending: `share` of them, a multiple of EIGHT."""
-    width = max(EIGHT, round(link.width * share / EIGHT) * EIGHT)
+    """Those of a link's channels that count most, ascending: `share` of them, a multiple of UNIT."""
+    width = max(UNIT, round(link.width * share / UNIT) * UNIT)
     return rank(link).topk(width).indices.sort().values
 
 
