@@ -29,6 +29,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,6 +124,7 @@ def course_spelling(word: str) -> str:
 def one_sentence(kind: type, error: BaseException, trace) -> None:
     """sys.excepthook of the scripts: what the user can mend is said in a sentence, a defect of ours keeps its traceback."""
     text = str(error).strip()
+    receiving = "rebuild_storage_fd" in [frame.name for frame in traceback.extract_tb(trace)]  # torch's function: a worker's batch
     if issubclass(kind, InputError):
         # An error out of a DataLoader worker arrives as text with the worker's traceback; the sentence is its last line.
         print(f"error: {text.splitlines()[-1].removeprefix('common.InputError: ')}", file=sys.stderr)
@@ -132,8 +134,8 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
         pass  # a worker was about to hand a batch over when Ctrl-C ended the main process, which has spoken
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
-    elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
-        reason = text.splitlines()[0].rstrip(".")
+    elif text.startswith("DataLoader worker") or (receiving and issubclass(kind, OSError | EOFError)):
+        reason = text.splitlines()[0].rstrip(".") if text.startswith("DataLoader") else "a DataLoader worker ended while it sent a batch"
         print(f"error: {reason}: memory ran out, most likely; try fewer workers or a smaller batch", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

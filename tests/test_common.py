@@ -118,6 +118,18 @@ def test_a_worker_whose_main_process_ended_is_silent(capfd):
     assert "ConnectionResetError: reset by peer" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(errno.ECONNRESET, "reset"), FileNotFoundError(errno.ENOENT, "gone")])
+def test_a_worker_that_is_killed_while_it_sends_a_batch_is_said(capsys, error):
+    def rebuild_storage_fd():  # where torch waits for the batch
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        rebuild_storage_fd()
+    common.one_sentence(caught.type, caught.value, caught.tb)
+    said = capsys.readouterr().err
+    assert said.startswith("error: a DataLoader worker ended while it sent a batch: memory ran out") and said.count("\n") == 1
+
+
 def test_measure_sees_a_sleep_and_counts_its_runs():
     timing = common.measure(lambda: time.sleep(0.02), CPU, repeats=3)
     assert len(timing.runs_ms) == 3
