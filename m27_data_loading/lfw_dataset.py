@@ -34,6 +34,8 @@ from data.sample import lfw_sample
 from m27_data_loading.loader_timing import (
     batches_in_flight,
     counted,
+    default_workers,
+    describe,
     explain,
     plot_sweep,
     stage_costs,
@@ -42,9 +44,9 @@ from m27_data_loading.loader_timing import (
     warn_about,
     watch_start,
 )
-from machine import usable_cpus
 
 PASSES = 5
+ANOTHER_FOLDER = "give a folder of .jpg files, or fetch LFW with: python data/download.py lfw"
 AUGMENTATIONS = {
     "simple": transforms.RandomAffine(5, (0.1, 0.1), (0.5, 2.0)),  # degrees, share of width and height, zoom
     "complex": transforms.Compose(
@@ -72,21 +74,20 @@ def find_images(folder: str | Path) -> np.ndarray:
     One array and no list of Path objects: a forked worker that touches a Python object copies its memory page, one by one until
     every worker holds its own copy of the list (https://github.com/pytorch/pytorch/issues/13246).
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {what}: give a folder of .jpg files, or fetch LFW with: python data/download.py lfw")
     names = []
     for place, folders, files in os.walk(folder, onerror=refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk goes on into those that stay in this list
         names += [str(Path(place, name)) for name in files if name.lower().endswith((".jpg", ".jpeg")) and not name.startswith(".")]
     if not names:
-        raise InputError(f"{folder} holds no .jpg file: give a folder of images, or fetch LFW with: python data/download.py lfw")
+        raise InputError(f"{folder} holds no .jpg file: {ANOTHER_FOLDER}")
     return np.array(sorted(names))
 
 
 def refuse_folder(error: OSError) -> None:
-    raise InputError(f"{error.filename} may not be read ({error.strerror}): change its permissions or give another folder") from error
+    """Say in an InputError why a folder cannot be read: also for one that lies below a folder that may not be entered."""
+    reasons = {FileNotFoundError: "does not exist", NotADirectoryError: "is not a folder"}
+    reason = reasons.get(type(error), f"may not be read ({error.strerror})")
+    raise InputError(f"{error.filename} {reason}: {ANOTHER_FOLDER}") from error
 
 
 def load_rgb(path: str, resize: int | None = None) -> Image.Image:
@@ -121,7 +122,7 @@ class LFWDataset(Dataset):
         try:
             return self.transform(load_rgb(str(self.files[index]), self.resize))
         except InputError as error:
-            if self.on_error == "stop" or "cannot be opened" in str(error):
+            if self.on_error == "stop" or getattr(error.__cause__, "strerror", None):  # the system's fault, not the image's
                 raise
             return str(self.files[index])
 
@@ -173,19 +174,19 @@ def load_once(args) -> tuple[list[dict], set]:
     """Load every batch once and print what came: images, people, shape, type, range, memory, images/s."""
     workers, dataset = args.num_workers[0], build_dataset(args, args.augment)
     loader, ready = build_loader(args, dataset, workers)
-    run = time_pass(loader, ready, args.batches_to_check, args.device, progress=True)
+    run = time_pass(loader, ready, args.batches_to_check, args.device, describe)
     first, skipped = run.pop("first"), set(run.pop("skipped"))
     if first is None:
         raise InputError(f"none of the images loaded from {args.path_to_folder} can be read")
-    size_mb, people = first.nbytes / 1e6, {Path(file).parent for file in dataset.files}
+    people = {Path(file).parent for file in dataset.files}
     waiting, ahead = batches_in_flight(workers, args.prefetch_factor, len(loader)), workers * args.prefetch_factor
     reason = (
         f"{counted(workers, 'worker')} {args.prefetch_factor} ahead each, 1 in use{', but there are no more' if waiting <= ahead else ''}"
     )
     reason = reason if workers else "without workers nothing is loaded ahead"
     print(f"data set   {len(dataset):,} images of {len(people):,} people in {args.path_to_folder}")
-    print(f"batch      {tuple(first.shape)}, {first.dtype}, values {first.min():.3f} to {first.max():.3f}, {size_mb:,.1f} MB")
-    print(f"in flight  at most {counted(waiting, 'batch')}, {waiting * size_mb:,.0f} MB: {reason}")
+    print("batch      {shape}, {dtype}, values {low:.3f} to {high:.3f}, {mb:,.1f} MB".format(**first))
+    print(f"in flight  at most {counted(waiting, 'batch')}, {waiting * first['mb']:,.0f} MB: {reason}")
     print(f"loaded     {run['images']:,} images in {run['batches']} of {counted(len(loader), 'batch')}, ", end="")
     print(f"{run['images_per_s']:,.0f} images/s, start-up {run['startup_s']:.2f} s")
     return [{"num_workers": workers, "augment": args.augment, **run}], skipped
@@ -218,7 +219,7 @@ def draw_batch(args) -> tuple[list[dict], set]:
     dataset = build_dataset(args, args.augment)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
     loader, ready = build_loader(args, dataset, args.num_workers[0], sampler=order)
-    run = time_pass(loader, ready, 1, args.device)
+    run = time_pass(loader, ready, 1, args.device, look=lambda batch: batch)
     images, broken = run.pop("first"), set(run.pop("skipped"))
     if images is None:
         raise InputError(f"none of the images of this batch from {args.path_to_folder} can be read")
@@ -242,7 +243,7 @@ def main(args) -> list[dict]:
     if args.quick:
         args.batch_size, args.batches_to_check = min(args.batch_size, 32), min(args.batches_to_check, 4)
     images = len(find_images(args.path_to_folder))
-    args.num_workers = args.num_workers or [min(usable_cpus(), -(-images // args.batch_size))]
+    args.num_workers = args.num_workers or [default_workers(args, images)]
     warn_about(args, images)
     exercise = draw_batch if args.visualize_batch else time_sweep if args.get_timing else load_once
     rows, skipped = exercise(args)
@@ -256,7 +257,7 @@ if __name__ == "__main__":
     flag = parser.add_argument
     flag("-path_to_folder", help="folder of .jpg files (default: data/lfw where it was downloaded, else drawn sample faces)")
     flag("-batch_size", type=positive_int, default=512, help="images a batch (default: 512)")
-    workers_help = "worker processes; several numbers with -get_timing (default: one for each CPU this process may use, if batches suffice)"
+    workers_help = "worker processes; several numbers with -get_timing (default: one a usable CPU, as far as batches and memory go)"
     flag("-num_workers", type=non_negative_int, nargs="+", help=workers_help)
     flag("-visualize_batch", action="store_true", help="save a picture of one batch")
     flag("-get_timing", action="store_true", help=f"time {PASSES} passes and name the bottleneck")

@@ -7,7 +7,6 @@ the last batch has arrived. Stopping the workers is outside the clock.
 
 import functools
 import itertools
-import shutil
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import measure, spread
-from machine import usable_cpus
+from machine import available_memory, shared_memory, usable_cpus, workers_within
 
 COLOURS = {"simple": "tab:blue", "complex": "tab:orange"}
 
@@ -41,10 +40,16 @@ def watch_start(num_workers: int) -> tuple[torch.Tensor, functools.partial]:
     return ready, functools.partial(note_start, ready)
 
 
-def time_pass(loader: DataLoader, ready: torch.Tensor, batches_to_check: int, device: torch.device, progress: bool = False) -> dict:
+def describe(batch: torch.Tensor) -> dict:
+    """What is said of a batch; the batch itself is not kept, since it would be one more in memory than are in flight."""
+    low, high = (value.item() for value in torch.aminmax(batch))
+    return {"shape": tuple(batch.shape), "dtype": batch.dtype, "low": low, "high": high, "mb": batch.nbytes / 1e6}
+
+
+def time_pass(loader: DataLoader, ready: torch.Tensor, batches_to_check: int, device: torch.device, look=None) -> dict:
     """Iterate over exactly `batches_to_check` batches, or all there are: images, batches, start-up and steady state in s.
 
-    Beside them the first batch that holds images, or None, and the names of the broken files.
+    Beside them what `look` makes of the first batch that holds images, or None, and the names of the broken files.
     """
     images, batches, first, skipped = 0, 0, None, []
     limit = min(batches_to_check, len(loader))
@@ -52,11 +57,12 @@ def time_pass(loader: DataLoader, ready: torch.Tensor, batches_to_check: int, de
         ready.zero_()
     begin = time.time()
     iterator = iter(loader)  # the workers are started here
-    for batch, broken in tqdm(itertools.islice(iterator, limit), "loading", limit, unit="batch", disable=not progress):
+    bar = {"desc": "loading", "total": limit, "unit": "batch", "disable": look is None}  # passes in turn have one bar for all of them
+    for batch, broken in tqdm(itertools.islice(iterator, limit), **bar):
         images += len(batch.to(device))  # on a CPU there is nothing to copy
         batches += 1
         skipped += broken
-        first = batch if first is None and len(batch) else first
+        first = look(batch) if look and first is None and len(batch) else first
     end = time.time()
     del iterator  # ... and stopped here, outside the clock
     startup_s = max(0.0, ready.max().item() - begin) if len(ready) else 0.0  # 0 for workers kept alive, which were ready before
@@ -77,7 +83,7 @@ def time_loaders(loaders: dict, batches_to_check: int, passes: int, device: torc
                 progress.set_postfix_str(f"{key[0]} workers, {key[1]}")
                 run = time_pass(loader, ready, batches_to_check, device)
                 skipped.update(run.pop("skipped"))
-                del run["first"]  # 384 MB that nobody needs any more
+                del run["first"]
                 runs[key].append(run)
                 progress.update()
     return [summary(*key, rows) for key, rows in runs.items()], skipped
@@ -113,8 +119,29 @@ def batches_in_flight(num_workers: int, prefetch_factor: int, batches: int) -> i
     return min(num_workers * prefetch_factor + 1, batches)
 
 
+def batch_bytes(args, images: int) -> int:
+    """Bytes of a float32 batch, the images taken to be as large as LFW's or as -resize makes them."""
+    return min(args.batch_size, images) * 3 * (args.resize or 250) ** 2 * 4
+
+
+def default_workers(args, images: int) -> int:
+    """One worker for each usable CPU, but no more than there are batches, or than half of the free memory or /dev/shm has room for."""
+    places = [available_memory() // 2, shared_memory()]
+    room = [workers_within(free, batch_bytes(args, images), args.prefetch_factor) for free in places if free is not None]
+    return min(usable_cpus(), -(-images // args.batch_size), *room)
+
+
+def warn_about_memory(workers: int, waiting: int, batch: int) -> None:
+    """Say it where `waiting` batches of `batch` bytes at once may be more than fits: into memory, and what workers send into /dev/shm."""
+    for place, free in {"memory": available_memory(), "/dev/shm": shared_memory() if workers else None}.items():
+        if free is not None and free < waiting * batch:
+            more = ", or start the container with more (docker run --shm-size)" if place == "/dev/shm" else ""
+            print(f"warning: batches in flight may take {waiting * batch / 1e6:,.0f} MB, and {place} has {free / 1e6:,.0f}:")
+            print(f"         processes may be killed; take fewer workers or a smaller -batch_size{more}")
+
+
 def warn_about(args, images: int) -> None:
-    """Say before the run what will not help or may fail: idle workers, too few cores, too little shared memory, no GPU to pin for."""
+    """Say before the run what will not help or may fail: idle workers, too few cores, too little memory, no GPU to pin for."""
     most, usable = max(args.num_workers), usable_cpus()
     batches = -(-images // args.batch_size)
     if most > batches:
@@ -129,17 +156,11 @@ def warn_about(args, images: int) -> None:
     if args.pin_memory and args.device.type != "cuda":
         print("warning: -pin_memory serves the copy to a CUDA device and there is none here, so it is left out")
         args.pin_memory = False
-    batch = args.batch_size * 3 * (args.resize or 250) ** 2 * 4  # bytes, float32
-    needed = batches_in_flight(most, args.prefetch_factor, batches) * batch if most else 0
-    if Path("/dev/shm").is_dir() and (free := shutil.disk_usage("/dev/shm").free) < needed:
-        print(
-            f"warning: batches in flight may take {needed / 1e6:,.0f} MB of shared memory, /dev/shm has {free / 1e6:,.0f}: workers may die;"
-        )
-        print("         take fewer workers or a smaller -batch_size, or start the container with more (docker run --shm-size)")
+    warn_about_memory(most, batches_in_flight(most, args.prefetch_factor, batches), batch_bytes(args, images))
 
 
 def stage_costs(files: list[str], load_rgb, augment, device: torch.device) -> dict[str, float]:
-    """Microseconds an image of each stage on one core, over a few files: read, decode, augment, to tensor, transfer."""
+    """Microseconds an image of each stage on one core, over a few files: read, decode, augment, to tensor, transfer, copy to a GPU."""
     decoded = [load_rgb(file) for file in files]
     tensors = [to_tensor(image) for image in decoded]
 
@@ -154,6 +175,9 @@ def stage_costs(files: list[str], load_rgb, augment, device: torch.device) -> di
         "to tensor": lambda: [to_tensor(image) for image in decoded],
         "transfer": hand_over,
     }
+    if device.type != "cpu":
+        batch = torch.stack(tensors)
+        stages["copy to device"] = lambda: batch.to(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     costs = {name: measure(stage, device).median_ms * 1e3 / len(files) for name, stage in stages.items()}

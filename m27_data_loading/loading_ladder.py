@@ -18,7 +18,6 @@ page_faults counts how often the operating system had to supply a page of memory
 import sys
 import tempfile
 import time
-from concurrent.futures import BrokenExecutor
 from multiprocessing import active_children, get_start_method
 from pathlib import Path
 
@@ -36,7 +35,8 @@ from m27_data_loading.affine import as_words, inverse_matrices, njit, random_aff
 from m27_data_loading.fast_loader import FastLoader, decode_into, decode_jpeg
 from m27_data_loading.ladder_report import BEST, CACHED, conclusions, in_words, plot_ladder, ratio, table
 from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, default_folder, load_rgb
-from m27_data_loading.peer_process import Peer, start_peers
+from m27_data_loading.loader_timing import batches_in_flight, warn_about_memory
+from m27_data_loading.peer_process import Peer, reason, start_peers
 from m27_data_loading.pixel_cache import NoPlace
 from machine import usable_cpus
 
@@ -181,22 +181,32 @@ def time_epoch(loader, epoch: int) -> dict:
     return {"images": images, "images_per_s": images / seconds, "page_faults": faults}
 
 
-def time_all(loaders: dict, epochs: int) -> dict[str, list[dict]]:
-    """Time every loader for `epochs` epochs after one that does not count, A B C A B C ...; the runs by name."""
-    runs, lost = {name: [] for name in loaders}, set()
-    with tqdm(total=(epochs + 1) * len(loaders), desc="epochs", unit="epoch") as progress:
-        for epoch in range(epochs + 1):
-            for name, loader in loaders.items():
-                progress.set_postfix_str(name)
-                try:
-                    run = time_epoch(loader, epoch)
-                except BrokenExecutor:  # a peer's process died
-                    lost.add(name)
-                else:
-                    runs[name] += [run] if epoch else []
-                progress.update()
-    for name in lost:
-        print(f"{name} is left out: its process died, of too little memory most likely")
+def time_whole_epoch(loader, epoch: int, images: int) -> dict:
+    """`time_epoch`; RuntimeError where other than `images` images came, since then the speeds cannot be compared."""
+    run = time_epoch(loader, epoch)
+    if run["images"] != images:
+        raise RuntimeError(f"{run['images']:,} images came in an epoch of {images:,}")
+    return run
+
+
+def time_all(loaders: dict, epochs: int, images: int) -> dict[str, list[dict]]:
+    """Time every loader for `epochs` epochs after one that does not count, A B C A B C ...; the runs by name, failing peers left out."""
+    runs, lost = {name: [] for name in loaders}, {}
+    turns = [(epoch, name) for epoch in range(epochs + 1) for name in loaders]
+    for epoch, name in (progress := tqdm(turns, "epochs", unit="epoch")):
+        progress.set_postfix_str(name)
+        loader, peer = loaders[name], isinstance(loaders[name], Peer)
+        if name in lost:
+            continue
+        try:
+            run = time_whole_epoch(loader, epoch, loader.images if peer else images)
+            runs[name] += [run] if epoch else []
+        except Exception as error:  # whatever a peer's library may raise, or its process die of
+            if not peer:
+                raise
+            lost[name] = error
+    for name, error in lost.items():
+        print(f"{name} is left out: {reason(error)}")
     return {name: mine for name, mine in runs.items() if name not in lost}
 
 
@@ -222,13 +232,17 @@ def main(args) -> list[dict]:
     for loader in [rungs.get(CACHED), *ceilings.values()]:
         if loader:
             loader.ring = fastest.ring  # they run one after the other: one ring serves them all
-    size_mb, images = fastest.ring[0].nbytes / 1e6, len(fastest.files)
+    size_mb, images, exercise = fastest.ring[0].nbytes / 1e6, len(fastest.files), rungs["the exercise"]
     print(f"data set   {images:,} images of {fastest.width}x{fastest.height} in {args.path_to_folder}")
     print(f"memory     {len(fastest.ring)} batches of {size_mb:,.0f} MB in the ring; {args.num_workers} workers or threads")
+    waiting = batches_in_flight(args.num_workers, exercise.prefetch_factor, len(exercise))
+    warn_about_memory(args.num_workers, waiting, fastest.ring[0].nbytes)
+    for _ in ceilings["decode alone"]:  # an image that is broken or of another size is named before anything is timed
+        pass
     prove_equal(fastest.files[:64], args.seed)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         peers = start_peers(args.path_to_folder, Path(work), args.batch_size, args.num_workers) if args.peers else {}
-        runs = time_all(rungs | ceilings | peers, args.epochs)
+        runs = time_all(rungs | ceilings | peers, args.epochs, images)
     for name in [name for name in runs if name in peers]:
         print(f"{BEST}, against {name}: {in_words(ratio(runs[BEST], runs[name]))}")
     return table(runs, list(rungs))

@@ -1,5 +1,7 @@
 """lfw_dataset.py: the data set, what a worker loads, the timing's promises, and what is said about bad input."""
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import psutil
 import pytest
@@ -19,7 +22,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from torchvision import transforms
 
 from common import InputError
-from m27_data_loading import loader_timing
+from data.faces import people
+from m27_data_loading import lfw_dataset, loader_timing
 from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, collate, find_images, load_rgb
 
 CPU = torch.device("cpu")
@@ -117,14 +121,56 @@ def test_exactly_as_many_batches_as_asked_for_are_fetched(faces):
     assert loader_timing.time_pass(loader, ready, 100, CPU)["images"] == 30  # all there are, the last batch is smaller
 
 
+def start_slowly(note_start, worker: int) -> None:
+    time.sleep(0.5 * worker)  # s: worker 1 is late
+    note_start(worker)
+
+
 def test_start_up_is_kept_apart_from_the_steady_state(faces):
     ready, note_start = loader_timing.watch_start(2)
-    options = {"collate_fn": collate, "num_workers": 2, "worker_init_fn": note_start}
+    options = {"collate_fn": collate, "num_workers": 2, "worker_init_fn": functools.partial(start_slowly, note_start)}
     loader = DataLoader(LFWDataset(faces, transforms.ToTensor()), 4, persistent_workers=True, **options)
     begin = time.time()
-    first, second = (loader_timing.time_pass(loader, ready, 100, CPU) for _ in range(2))
+    first = loader_timing.time_pass(loader, ready, 100, CPU)
+    whole = time.time() - begin
     assert begin < ready.min() and ready.max() < time.time()
-    assert first["startup_s"] > 0 and second["startup_s"] == 0  # kept alive: started once
+    assert first["startup_s"] >= 0.5 and first["seconds"] <= whole - first["startup_s"]
+    assert first["images_per_s"] == 30 / first["seconds"]
+    assert loader_timing.time_pass(loader, ready, 100, CPU)["startup_s"] == 0  # kept alive: started once
+
+
+def batches_alive() -> set[str]:
+    """Names of the shared memory that this process and its workers hold, mapped or under way; it has no name in /dev/shm any more."""
+    found = set()
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        held = [Path(f"/proc/{process.pid}/maps").read_text()]
+        for link in Path(f"/proc/{process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                held.append(str(link.readlink()))
+        found.update(re.findall(r"/dev/shm/torch_\w+", "\n".join(held)))
+    return found
+
+
+@pytest.mark.skipif("fork" not in START_METHODS, reason="reads Linux's list of what a process has open")
+@pytest.mark.parametrize("look", [None, loader_timing.describe])
+def test_no_more_batches_are_in_memory_than_promised(faces, monkeypatch, look):
+    promised, alive = loader_timing.batches_in_flight(2, 2, 10), []
+
+    def slow_consumer(batches, **_):
+        for batch in batches:
+            yield batch
+            deadline = time.time() + 5  # while the consumer is busy the workers load ahead as far as they may
+            while len(alive) < 4 and len(batches_alive() - others) < promised and time.time() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.05)
+            alive.append(len(batches_alive() - others))
+
+    monkeypatch.setattr(loader_timing, "tqdm", slow_consumer)
+    ready, note_start = loader_timing.watch_start(2)
+    others = batches_alive()  # `ready` lies in shared memory, too
+    options = {"collate_fn": collate, "num_workers": 2, "worker_init_fn": note_start}
+    loader_timing.time_pass(DataLoader(LFWDataset(faces, transforms.ToTensor()), 3, **options), ready, 100, CPU, look)
+    assert promised == 5 and len(alive) == 10 and max(alive) == promised, alive
 
 
 def test_the_summary_is_median_and_sample_deviation():
@@ -145,8 +191,10 @@ def test_the_bottleneck_is_named_from_the_numbers(workers, startup_s, said):
 
 
 def test_the_costs_of_the_stages_are_all_there(faces):
-    costs = loader_timing.stage_costs(find_images(faces)[:4], load_rgb, AUGMENTATIONS["simple"], CPU)
-    assert set(costs) == {"read", "decode", "augmentation", "to tensor", "transfer"} and all(cost >= 0 for cost in costs.values())
+    stages = {"read", "decode", "augmentation", "to tensor", "transfer"}
+    for device, more in {"cpu": set(), "meta": {"copy to device"}}.items():  # meta: torch's device without memory, here for a GPU
+        costs = loader_timing.stage_costs(find_images(faces)[:4], load_rgb, AUGMENTATIONS["simple"], torch.device(device))
+        assert set(costs) == stages | more and all(cost >= 0 for cost in costs.values())
 
 
 def test_what_will_not_help_is_said_before_the_run(capsys, monkeypatch):
@@ -161,13 +209,46 @@ def test_what_will_not_help_is_said_before_the_run(capsys, monkeypatch):
         device=CPU,
     )
     monkeypatch.setattr(loader_timing, "usable_cpus", lambda: 4)
-    monkeypatch.setattr(loader_timing.Path, "is_dir", lambda self: True)
-    monkeypatch.setattr(loader_timing.shutil, "disk_usage", lambda _: SimpleNamespace(free=64_000_000))
+    monkeypatch.setattr(loader_timing, "shared_memory", lambda: 64_000_000)
+    monkeypatch.setattr(loader_timing, "available_memory", lambda: 2_000_000_000)
     loader_timing.warn_about(args, images=3000)
     said = capsys.readouterr().out
-    for part in ("8 workers for 6 batches", "8 workers on 4 usable CPUs", "-pin_memory", "go on loading", "2,304 MB of shared memory"):
+    for part in ("8 workers for 6 batches", "8 workers on 4 usable CPUs", "-pin_memory", "go on loading"):
         assert part in said
+    assert "2,304 MB, and memory has 2,000:" in said and "2,304 MB, and /dev/shm has 64:" in said and "docker run --shm-size" in said
     assert args.pin_memory is False
+
+
+@pytest.mark.parametrize(
+    ("memory", "shared", "batch_size", "workers"),
+    [(100e9, 50e9, 512, 16), (6e9, 50e9, 512, 3), (100e9, None, 512, 16), (100e9, 64e6, 512, 0), (1e9, 50e9, 8, 16), (99e9, 50e9, 8192, 2)],
+)
+def test_the_default_number_of_workers_fits_into_memory(monkeypatch, memory, shared, batch_size, workers):
+    monkeypatch.setattr(loader_timing, "usable_cpus", lambda: 16)
+    monkeypatch.setattr(loader_timing, "available_memory", lambda: int(memory))
+    monkeypatch.setattr(loader_timing, "shared_memory", lambda: shared and int(shared))
+    args = SimpleNamespace(batch_size=batch_size, resize=None, prefetch_factor=2)
+    assert loader_timing.default_workers(args, images=13_233) == workers
+
+
+def test_the_plot_shows_every_run_the_ideal_line_and_the_cores(monkeypatch):
+    monkeypatch.setattr(loader_timing, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(loader_timing.psutil, "cpu_count", lambda logical: 4)
+    runs = {"simple": {0: [90.0, 110.0], 1: [50.0, 70.0], 2: [100.0, 120.0]}, "complex": {0: [9.0, 11.0], 1: [8.0, 10.0], 2: [17.0, 19.0]}}
+    passes = {(n, augment): rates for augment, by_workers in runs.items() for n, rates in by_workers.items()}
+    run = {"batches": 2, "seconds": 1.0, "startup_s": 0.1}
+    rows = [loader_timing.summary(*key, [{"images_per_s": rate, **run} for rate in rates]) for key, rates in passes.items()]
+    figure = loader_timing.plot_sweep(rows)
+    (axes,) = figure.axes
+    points = [line for line in axes.lines if line.get_marker() == "."]
+    assert [list(line.get_ydata()) for line in points] == list(passes.values())
+    ideal = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if line.get_linestyle() == "--"]
+    assert ideal == [([1, 2], [60, 120]), ([1, 2], [9, 18])]
+    medians = [list(line.get_ydata()) for line in axes.lines if line.get_marker() == "o"]
+    assert medians == [[100, 60, 110], [10, 9, 18]] and len(axes.containers) == 2  # the error bars of two curves
+    assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == ":"] == [[2, 2], [4, 4]]
+    assert [text.get_text() for text in axes.texts] == ["2 usable CPUs", "4 physical cores"]
+    plt.close(figure)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -176,7 +257,7 @@ def test_what_will_not_help_is_said_before_the_run(capsys, monkeypatch):
 def test_folders_that_cannot_serve_are_said(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    for name, said in {"nowhere": "does not exist", "file": "is a file, not a folder", "empty": "holds no .jpg file"}.items():
+    for name, said in {"nowhere": "does not exist", "file": "is not a folder", "empty": "holds no .jpg file"}.items():
         with pytest.raises(InputError, match=said) as error:
             find_images(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "data/download.py lfw" in str(error.value)
@@ -189,6 +270,21 @@ def test_a_folder_that_may_not_be_read_is_said(faces, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)  # root may read everything, so that permissions alone would not do
     with pytest.raises(InputError, match=r"faces\d+ may not be read \(Permission denied\)"):
         find_images(faces)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other permissions")
+def test_a_folder_below_one_that_may_not_be_entered_is_said(tmp_path):
+    (tmp_path / "closed" / "faces").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:  # root may enter everywhere
+            os.seteuid(65534)
+        with pytest.raises(InputError, match=r"faces may not be read \(Permission denied\)"):
+            find_images(tmp_path / "closed" / "faces")
+    finally:
+        os.seteuid(user)
+        (tmp_path / "closed").chmod(0o700)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
@@ -204,8 +300,19 @@ def test_a_broken_image_is_named_or_skipped(copy_of_faces, damage, workers):
     assert [name for _, names in batches for name in names] == [str(broken)]
 
 
+def test_only_images_are_skipped_not_files_that_cannot_be_opened(tmp_path):
+    broken = tmp_path / "cannot be opened" / "a.jpg"  # a name that reads like the reason
+    broken.parent.mkdir()
+    broken.write_bytes(b"")
+    dataset = LFWDataset(tmp_path, transforms.ToTensor(), on_error="skip")
+    assert dataset[0] == str(broken)
+    broken.unlink()
+    with pytest.raises(InputError, match=r"a.jpg cannot be opened: No such file"):
+        dataset[0]
+
+
 def test_mixed_sizes_say_how_to_resize():
-    with pytest.raises(InputError, match=r"64x48, 32x32|32x32, 64x48.*-resize 250"):
+    with pytest.raises(InputError, match=r"(64x48, 32x32|32x32, 64x48).*-resize 250"):
         collate([torch.zeros(3, 48, 64), torch.zeros(3, 32, 32)])
 
 
@@ -238,19 +345,43 @@ def test_the_bare_run_prints_what_was_loaded(run_script, results):
     assert "not the real LFW" in done.stdout
     assert "(512, 3, 250, 250), torch.float32, values 0.000 to 1.000, 384.0 MB" in done.stdout
     assert re.search(r"loaded +2,048 images in 4 of 4 batches, [\d,]+ images/s, start-up [\d.]+ s", done.stdout)
-    assert (results / "lfw_dataset.json").exists()
+    assert f"2,048 images of {len({name for name, _ in people(2048, 0)}):,} people in " in done.stdout
+    (row,) = json.loads((results / "lfw_dataset.json").read_text())["rows"]
+    batches, mb = re.search(r"in flight  at most (\d) batch(?:es)?, ([\d,]+) MB: ", done.stdout).groups()
+    assert int(batches) == min(2 * row["num_workers"] + 1, 4) and int(mb.replace(",", "")) == 384 * int(batches)
+
+
+def test_every_image_of_the_picture_has_its_persons_name(copy_of_faces, monkeypatch):
+    (copy_of_faces / "Person_03" / "Person_03_0002.jpg").write_bytes(b"")  # a gap that must not move the names
+    monkeypatch.setitem(AUGMENTATIONS, "simple", lambda image: image)
+    figures = []
+    monkeypatch.setattr(lfw_dataset, "save_figure", lambda figure, *_: figures.append(figure))
+    options = {"prefetch_factor": 2, "persistent_workers": False, "start_method": None, "pin_memory": False, "resize": None}
+    args = SimpleNamespace(path_to_folder=copy_of_faces, on_error="skip", batch_size=30, num_workers=[0], augment="simple", **options)
+    args.seed, args.device = 0, CPU
+    _, broken = lfw_dataset.draw_batch(args)
+    shown = [(axes.get_title(), axes.images[0].get_array()) for axes in figures[0].axes if axes.images]
+    assert len(broken) == 1 and len(shown) == 29
+    for name, image in shown:
+        files = set(find_images(copy_of_faces / name.replace(" ", "_"))) - broken
+        assert any(np.array_equal(image, np.float32(load_rgb(file)) / 255) for file in files), name
+    plt.close(figures[0])
 
 
 def test_a_picture_of_a_batch_from_inside_the_folder(run_script, faces, results):
-    done = run_script(SCRIPT, "--visualize-batch", "--path-to-folder", faces, "--batch-size=8", cwd=ROOT / "m27_data_loading")
+    flags = ["--batch-size=8", "--num-workers", "1", "--prefetch-factor=3", "--persistent-workers", "--start-method", "spawn"]
+    done = run_script(SCRIPT, "--visualize-batch", "--path-to-folder", faces, *flags, cwd=ROOT / "m27_data_loading")
     assert done.returncode == 0, done.stderr
     assert Image.open(results / "lfw_dataset_batch.png").size[0] > 1000
+    content = json.loads((results / "lfw_dataset.json").read_text())
+    assert content["rows"][0]["images"] == 8 and content["flags"]["start_method"] == "spawn"
 
 
 def test_timing_sweeps_workers_and_augmentations(run_script, copy_of_faces, results):
     (copy_of_faces / "Person_03" / "Person_03_0002.jpg").write_bytes(b"")
+    Image.new("RGB", (32, 32)).save(copy_of_faces / "Person_04" / "Person_04_0001.jpg")  # of another size
     compared = ["-num_workers", "0", "1", "4", "-augment", "both", "-batch_size", "10", "-batches_to_check", "2"]
-    flags = ["-get_timing", *compared, "-on_error", "skip", "-pin_memory"]
+    flags = ["-get_timing", *compared, "-on_error", "skip", "-pin_memory", "-resize", "48"]
     done = run_script(SCRIPT, *flags, "-path_to_folder", copy_of_faces)
     assert done.returncode == 0, done.stderr
     assert "5 passes of 2 batches of 10 images (of 3)" in done.stdout
@@ -263,6 +394,7 @@ def test_timing_sweeps_workers_and_augmentations(run_script, copy_of_faces, resu
     rows = json.loads((results / "lfw_dataset.json").read_text())["rows"]
     assert [(row["num_workers"], row["augment"]) for row in rows] == [(n, augment) for augment in ("simple", "complex") for n in (0, 1, 4)]
     assert all(len(row["runs_images_per_s"]) == 5 and row["batches"] == 2 for row in rows)
+    assert Image.open(results / "lfw_dataset_timing.png").format == "PNG"
 
 
 def test_a_broken_image_ends_the_run_with_a_sentence(run_script, copy_of_faces):
@@ -318,4 +450,7 @@ def test_a_killed_worker_is_said(endless_run):
     workers[0].kill()
     _, said = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert re.search(r"error: DataLoader worker .*(is killed by signal|exited unexpectedly)", said) and "Traceback" not in said
+    assert (
+        re.search(r"error: (a )?DataLoader worker .*(is killed by signal|exited unexpectedly|ended while)", said)
+        and "Traceback" not in said
+    )

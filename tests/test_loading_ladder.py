@@ -1,18 +1,21 @@
 """loading_ladder.py: rungs that compute the same, gains taken round by round, and the run of a learner."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common import ROOT
-from m27_data_loading import ladder_report, loading_ladder, loading_peers, peer_process, pixel_cache
+from common import ROOT, InputError
+from m27_data_loading import ladder_report, loader_timing, loading_ladder, loading_peers, peer_process, pixel_cache
+from m27_data_loading.fast_loader import FastLoader
 from m27_data_loading.lfw_dataset import find_images
 
 
@@ -106,7 +109,55 @@ def test_peers_that_are_missing_or_do_not_start_are_named(faces, tmp_path, monke
 @pytest.mark.skipif("torchdata" not in loading_peers.installed(), reason="needs a peer of requirements-peers.txt")
 def test_a_peer_delivers_every_image_from_a_process_of_its_own(faces, tmp_path):
     peer = peer_process.Peer("torchdata", faces, tmp_path, 8, 2)
-    assert loading_ladder.time_epoch(peer, 0)["images"] == 30
+    assert loading_ladder.time_epoch(peer, 0)["images"] == 30 == peer.images
+
+
+class PeerOf(peer_process.Peer):
+    """A peer in this process, that delivers the given batches."""
+
+    def __init__(self, *batches: torch.Tensor) -> None:
+        self.images, self.shape, self.batches = 30, (3, 48, 64), batches
+
+    def time_epoch(self) -> dict:
+        peer_process.OPENED["made up"] = self.batches
+        return peer_process.time_here("made up", self.shape)
+
+
+def test_a_peer_that_fails_or_delivers_something_else_is_named_and_left_out(capsys):
+    class Fails(PeerOf):
+        def time_epoch(self) -> dict:
+            raise ValueError("no such codec:\nmp3")
+
+    good = torch.linspace(0, 1, 30 * 3 * 48 * 64).view(30, 3, 48, 64)
+    peers = {"good": PeerOf(good), "fails": Fails(), "too few": PeerOf(good[:29]), "bytes": PeerOf((255 * good).byte())}
+    peers |= {"not scaled": PeerOf(255 * good), "twice scaled": PeerOf(good / 255), "channels last": PeerOf(good.permute(0, 2, 3, 1))}
+    runs = loading_ladder.time_all(peers, epochs=2, images=30)
+    assert list(runs) == ["good"] and len(runs["good"]) == 2
+    said = capsys.readouterr().out
+    assert "fails is left out: ValueError: no such codec: mp3\n" in said
+    assert "too few is left out: RuntimeError: 29 images came in an epoch of 30\n" in said
+    assert "bytes is left out: RuntimeError: delivers (30, 3, 48, 64), torch.uint8, 0.000 to 255.000, not (n, (3, 48, 64)), float32" in said
+    assert all(f"{name} is left out: RuntimeError: delivers" in said for name in ("not scaled", "twice scaled", "channels last"))
+
+
+def test_a_rung_that_leaves_images_out_ends_the_run(faces):
+    with pytest.raises(RuntimeError, match="30 images came in an epoch of 31"):
+        loading_ladder.time_all({"a rung": FastLoader(faces, 8)}, epochs=1, images=31)
+
+
+def test_images_of_other_sizes_are_said_before_the_timing(faces, monkeypatch, tmp_path, capsys):
+    folder = Path(shutil.copytree(faces, tmp_path / "faces"))
+    Image.new("RGB", (32, 32)).save(folder / "Person_09" / "odd.jpg")
+    (tmp_path / "cache").touch()  # in the way: decoded pixels cannot be kept
+    monkeypatch.setattr(pixel_cache, "DATA", tmp_path)
+    monkeypatch.setattr(loading_ladder, "time_all", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(loader_timing, "available_memory", lambda: 100_000)
+    args = SimpleNamespace(path_to_folder=folder, batch_size=8, num_workers=2, seed=0, epochs=1, quick=False, peers=False)
+    with pytest.raises(InputError, match=r"odd.jpg has 32x32 pixels, the first image 64x48: .*-resize 250"):
+        loading_ladder.main(args)
+    said = capsys.readouterr().out
+    assert f"left out   {ladder_report.CACHED}: decoded pixels cannot be kept" in said
+    assert "warning: batches in flight may take 1 MB, and memory has 0:" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="only on Linux and macOS a test can press Ctrl-C for another process")
@@ -119,8 +170,8 @@ def test_ctrl_c_ends_soon(start_script, press_ctrl_c):
     press_ctrl_c(process, within_s=2)
 
 
-def test_the_run_of_a_learner(run_script, results):
-    done = run_script("m27_data_loading/loading_ladder.py", "-quick")
+def test_the_run_of_a_learner_from_inside_the_folder(run_script, results):
+    done = run_script("m27_data_loading/loading_ladder.py", "--quick", "--num-workers=2", cwd=ROOT / "m27_data_loading")
     assert done.returncode == 0, done.stderr
     assert "0 of 12,000,000 values differ" in done.stdout and "Fastest loader that decodes: " in done.stdout
     rows = json.loads((results / "loading_ladder.json").read_text())["rows"]
