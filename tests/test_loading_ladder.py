@@ -92,6 +92,10 @@ def test_a_verdict_needs_all_rounds_to_agree():
     assert ladder_report.in_words([1.2, 1.1, 1.4]) == "1.20x (1.10 to 1.40), faster"
     assert ladder_report.in_words([0.5, 0.9]).endswith("slower") and ladder_report.in_words([0.9, 1.2]).endswith("cannot tell")
     assert ladder_report.in_words([1.5]).endswith("cannot tell")  # one round agrees with itself
+    fifteen = [*([0.9] * 3), *([1.1] * 12)]  # 3 of 15 coins fall so by chance in one case of 57, 4 of them in one of 17
+    assert ladder_report.in_words(fifteen) == "1.10x (1.10 to 1.10), faster"
+    assert ladder_report.in_words([0.9, *fifteen[1:3], 0.9, *fifteen[4:]]).endswith("cannot tell")
+    assert ladder_report.interval([5, 1, 4, 2, 3]) == (1, 5) and ladder_report.interval(list(range(9))) == (1, 7)
 
 
 def test_peers_that_are_missing_or_do_not_start_are_named(faces, tmp_path, monkeypatch, capsys):
