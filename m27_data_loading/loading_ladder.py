@@ -9,10 +9,10 @@ Before anything is timed, the compiled augmentation is compared with torchvision
 run, one epoch each in turn, so that their ratios hold on a machine whose speed drifts.
 
 How to read the table: x_before is the gain over the rung before, clear whether the rounds agree on its direction (all of five; of more
-rounds some may differ, as chance would have it), x_naive the gain over the first; of_ceiling is the share of what the machine can do at most for that work: decode every file
-and write every batch on all cores, with nothing in between (a rung that reads decoded pixels is held against the writing alone).
-page_faults counts how often the operating system had to supply a page of memory, 4 kB on most machines, during an epoch: a batch of
-512 in fresh memory is 93,750 of them, in used memory none.
+rounds some may differ, as chance would have it), x_naive the gain over the first; of_ceiling is the share of what the machine can do at
+most for that work: decode every file and write every batch on all cores, with nothing in between (a rung that reads decoded pixels is
+held against the writing alone). page_faults counts how often the operating system had to supply a page of memory, 4 kB on most
+machines, during an epoch: a batch of 512 in fresh memory is 93,750 of them, in used memory none.
 """
 
 import sys
