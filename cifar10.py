@@ -6,9 +6,11 @@ data/download.py put it, the drawn sample otherwise.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +24,12 @@ from data.fetch import online
 from data.sample import SAMPLE_CLASSES, cifar10_sample
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-HUB_ID = "uoft-cs/cifar10"
+OTHER_NAMES = {"plane": "airplane", "aeroplane": "airplane", "car": "automobile", "auto": "automobile"}  # that some data sets use
+HUB, HUB_ID = "https://huggingface.co", "uoft-cs/cifar10"
+SAMPLE_NAME = "the drawn sample"
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)  # of the real training images, a value a channel
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
+DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)  # an npz file
 
 
 @dataclass
@@ -81,14 +86,15 @@ def from_torchvision(folder: Path, split: str) -> Images:
 
 def from_sample(folder: Path, split: str) -> Images:
     with np.load(folder / f"{split}.npz") as arrays:
-        return Images(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]), SAMPLE_CLASSES, "the drawn sample")
+        return Images(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]), SAMPLE_CLASSES, SAMPLE_NAME)
 
 
 def from_datasets(source: str) -> dict[str, Images]:
     """Through the library `datasets`: an id of the hub, or a folder of parquet files with the columns img and label."""
     here = Path(source).exists()
-    if not here and not online("https://huggingface.co"):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # what was fetched before is found at once; otherwise it would try for half a minute
+    hint = f"give a folder of parquet files, {HUB_ID}, or leave -data out"
+    if not here and not hub_reached() and not fetched_before(source, "datasets"):
+        raise InputError(f"-data {source}: no such folder, and the Hugging Face hub cannot be reached; {hint}")
     from datasets import disable_progress_bars, load_dataset  # seconds to import, so only where it is needed
 
     try:
@@ -98,9 +104,33 @@ def from_datasets(source: str) -> dict[str, Images]:
     except Exception as error:  # the library raises its own classes of many modules
         where = "no data set in this folder" if here else "no such folder, and not to be had from the hub"
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        hint = f"give a folder of parquet files, {HUB_ID}, or leave -data out"
         raise InputError(f"-data {source}: {where} ({reason}); {hint}") from error
     return {split: from_rows(found, split, source) for split in ("train", "test")}
+
+
+@functools.cache
+def hub_reached() -> bool:
+    """Whether the Hugging Face hub can be reached. Call it before its libraries are imported, which ask the variable set here only then.
+
+    With it they find at once what was fetched before; without it they would try for half a minute.
+    """
+    if not (reached := online(HUB)):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return reached
+
+
+def fetched_before(source: str, kind: str) -> bool:
+    """Whether something of this id of the hub, kind "models" or "datasets", lies in its libraries' folders."""
+    from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
+
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"), source.replace("/", "___"))
+    return Path(HF_HUB_CACHE, f"{kind}--{source.replace('/', '--')}").is_dir() or (kind == "datasets" and prepared.is_dir())
+
+
+def class_name(text: str) -> str:
+    """The name of a class as CLASSES has it: "Car" -> "automobile"."""
+    name = text.lower().strip()
+    return OTHER_NAMES.get(name, name)
 
 
 def from_rows(found, split: str, source: str) -> Images:
@@ -116,13 +146,23 @@ def from_rows(found, split: str, source: str) -> Images:
     if images.shape[1:] != (3, 32, 32) or len(classes) != 10:
         height, width = images.shape[2:]
         raise InputError(f"-data {source} holds {width}x{height} images of {len(classes)} classes: 32x32 images of 10 are expected")
-    return Images(torch.from_numpy(images), torch.from_numpy(labels), classes, "CIFAR-10")
+    return Images(torch.from_numpy(images), torch.from_numpy(labels), classes, name_by_classes(source, split, classes))
+
+
+def name_by_classes(source: str, split: str, classes: tuple[str, ...]) -> str:
+    """CIFAR-10 where the classes are its ten, in any order; otherwise the data's own name, and a sentence."""
+    if {class_name(name) for name in classes} == set(CLASSES):
+        return "CIFAR-10"
+    name = Path(source).resolve().name if Path(source).exists() else source
+    if split == "train":
+        print(f"The classes of -data {source} are {', '.join(classes)}: it is not CIFAR-10 and is called {name} here")
+    return name
 
 
 def decode_once(rows) -> tuple[np.ndarray, np.ndarray]:
     """All images of a `datasets.Dataset`, uint8 (n, 3, height, width), and labels, int64 (n,); kept on disk, as decoding takes seconds."""
     file = DATA / "decoded_cifar10" / f"{rows._fingerprint}.npz"  # of the rows' content and history, made by the library
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as arrays:
+    with contextlib.suppress(*DAMAGED), np.load(file) as arrays:
         return arrays["images"], arrays["labels"]
     pictures = [np.asarray(image.convert("RGB")) for image in tqdm(rows["img"], f"decoding {len(rows):,} images", leave=False)]
     if len({picture.shape for picture in pictures}) > 1:
