@@ -12,7 +12,7 @@ A label says "cat". The teacher says "cat, perhaps a dog, surely no truck": its 
 ones count, are a probability for every class. The student's, divided by the same T, shall be like them.
 
 Both kinds of student have the same first weights, the same order of images and the same augmentation, seed by seed, so that the
-difference is the loss's alone. The loop is train() in student.py. Without -epochs the first student, which learns alone, decides how long
+difference is the loss's alone. The loop is train() in training.py. Without -epochs the first student, which learns alone, decides how long
 all train: up to the plateau of its loss at the full learning rate, and as many epochs again while the rate falls to 0.
 """
 
@@ -21,31 +21,19 @@ import itertools
 import math
 import os
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import ConvNet, Images, load_cifar10, normalize, stratified
-from common import (
-    InputError,
-    measure_alternately,
-    new_parser,
-    parse,
-    positive_int,
-    print_table,
-    save_figure,
-    save_results,
-    share,
-)
+from cifar10 import SAMPLE_NAME, ConvNet, Images, load_cifar10, normalize, stratified
+from common import InputError, new_parser, parse, positive_int, print_table, save_figure, save_results, share
 from common import seed as seed_number
-from m29_inference.architectures import count_macs
-from m29_inference.distill_report import ALONE, DISTILLED, plot_curves, plot_knowledge, plot_sweep, say
-from m29_inference.sparse_files import save_sparse
-from m29_inference.student import BATCH, EPOCHS, hard_loss, quick_part, train, training_file
+from m29_inference.distill_report import ALONE, DISTILLED, costs, plot_curves, plot_knowledge, plot_sweep, say
+from m29_inference.student import EPOCHS, quick_part
 from m29_inference.student import WIDTHS as NETWORK_WIDTHS
 from m29_inference.teacher import (
     UNCHANGED,
@@ -57,6 +45,7 @@ from m29_inference.teacher import (
     own_teacher,
     pretrained_teacher,
 )
+from m29_inference.training import BATCH, hard_loss, train, training_file
 
 WIDTHS = (16, 32, 64)  # of the student: 73,000 parameters
 TEACHER_WIDTHS = (64, 128, 384)  # two million; on the drawn sample the network that the other exercises use will do
@@ -99,7 +88,8 @@ def find_teacher(args, data: dict[str, Images], real: bool, pretrained) -> Teach
     else:
         teacher = own_teacher(data, NETWORK_WIDTHS, args.teacher_epochs or (4 if args.quick else EPOCHS), args.seed, args.device)
     some = data["test"][:GATE]
-    reached = (teacher.logits(some.images).argmax(1) == some.labels).double().mean().item()
+    parts = tqdm(some.images.split(teacher.batch), "measuring the teacher", unit="batch", leave=False)
+    reached = (torch.cat([teacher.logits(part) for part in parts]).argmax(1) == some.labels).double().mean().item()
     print(f"{teacher.name}: {reached:.1%} of {len(some)} test images right")
     if reached < args.min_teacher_accuracy:
         raise InputError(
@@ -116,8 +106,9 @@ def train_student(
     print(f"student {f'distilled at T = {args.temperature:g}, alpha = {args.alpha:g}' if views else 'alone'}, seed {seed}", flush=True)
     torch.manual_seed(seed)
     network = ConvNet(WIDTHS, "batch")
-    file = training_file(data["train"], WIDTHS, epochs, seed, (key, args.temperature, args.alpha) if views else "alone")
     loss_of = partial(mixed_loss, views=views, args=args) if views else hard_loss
+    losses, setting = ((mixed_loss, distillation_loss), (key, args.temperature, args.alpha)) if views else ((), "alone")
+    file = training_file(data, args.device, (hard_loss, *losses), WIDTHS, epochs, seed, setting)
     rows = train(network, data["train"], epochs, seed, args.device, loss_of=loss_of, views=0, test=data["test"], file=file)
     return network, rows
 
@@ -129,24 +120,6 @@ def views_of(args, epochs: int | None) -> list[int]:
     if not epochs:
         raise InputError("how many views there are follows from the epochs: give -epochs, or -views once")
     return list(range(epochs))
-
-
-def costs(networks: dict[str, nn.Module], image: dict[str, torch.Tensor], device: torch.device) -> dict[str, dict]:
-    """For each network what an image costs: parameters, GMACs, latency at batch 1 (measured in turn), MB of its file."""
-    calls = {name: (lambda network=network, x=image[name]: network(x)) for name, network in networks.items()}
-    with torch.inference_mode():
-        timings = measure_alternately(calls, device)
-    rows = {}
-    for name, network in networks.items():
-        with tempfile.TemporaryDirectory() as folder:
-            size = save_sparse(network.state_dict(), Path(folder, "network"), "dense")
-        rows[name] = {
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "gmacs": count_macs(network, image[name].shape[-1])["flop_counter"],
-            "latency_ms": timings[name].median_ms,
-            "size_mb": size / 1e6,
-        }
-    return rows
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
@@ -162,10 +135,12 @@ def compare(args, data: dict[str, Images], teacher: Teacher, epochs: int | None)
         _, distilled = train_student(args, data, seed, epochs, views, key)
         curves[ALONE].append(rows)
         curves[DISTILLED].append(distilled)
-    right = cached_logits(teacher, data["test"], [UNCHANGED])[UNCHANGED].argmax(1) == data["test"].labels
+    print(f"the teacher's answers to all {len(data['test']):,} test images", flush=True)
+    answers = cached_logits(teacher, data["test"], [UNCHANGED])[UNCHANGED].float()
     image = data["test"].images[:1].to(args.device)
     cost = costs({"teacher": teacher.module, ALONE: student}, {"teacher": teacher.prepare(image), ALONE: normalize(image)}, args.device)
-    table = [{"model": "teacher", "accuracy": right.double().mean().item(), **cost["teacher"]}]
+    right = (answers.argmax(1) == data["test"].labels).double().mean().item()
+    table = [{"model": "teacher", "accuracy": right, **cost["teacher"]}]
     for model, runs in curves.items():
         for seed, rows in zip(args.seeds, runs, strict=True):
             last = {key: rows[-1][key] for key in ("accuracy", "train_s")}
@@ -173,7 +148,7 @@ def compare(args, data: dict[str, Images], teacher: Teacher, epochs: int | None)
     say(table, curves)
     note = f"{len(args.seeds)} seeds, {len(data['train']):,} images of {data['train'].name}"
     save_figure(plot_curves(curves, table[0]["accuracy"]), __file__, "curves", args, note)
-    some = teacher.logits(data["test"].images[: 5 * GATE])
+    some = answers[: 5 * GATE]
     save_figure(plot_knowledge(data["test"], some, args.temperature), __file__, "knowledge", args, f"{len(some):,} test images")
     return table
 
@@ -186,9 +161,9 @@ def sweep(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -
     views = cached_logits(teacher, data["train"], views_of(args, len(rows)))
     settings = list(itertools.product(TEMPERATURES, ALPHAS))
     for temperature, alpha in settings[:2] if args.quick else settings:
-        args.temperature, args.alpha = temperature, alpha
-        _, rows = train_student(args, data, args.seeds[0], len(rows), views, key)
         setting = {"temperature": temperature, "alpha": alpha}
+        its_args = argparse.Namespace(**{**vars(args), **setting})  # those given stay in the results as they were
+        _, rows = train_student(its_args, data, args.seeds[0], len(rows), views, key)
         table.append({"model": DISTILLED, "accuracy": rows[-1]["accuracy"], "epochs": len(rows), **setting})
     print_table(table)
     save_figure(plot_sweep(table), __file__, "sweep", args, f"one seed, {len(rows)} epochs: differences of a point may be noise")
@@ -202,7 +177,7 @@ def main(args) -> list[dict]:
     data = quick_part(data) if args.quick else data
     if args.limit:
         data["train"] = stratified(data["train"], args.limit)
-    real = data["train"].name == "CIFAR-10" and not args.quick
+    real = data["train"].name != SAMPLE_NAME and not args.quick
     epochs = args.epochs or (None if real else 2 if args.quick else SAMPLE_EPOCHS)
     teacher = find_teacher(args, data, real, pretrained)
     if "RANK" in os.environ:
@@ -242,7 +217,7 @@ if __name__ == "__main__":
     flag("-limit", type=positive_int, help="train on so many images, as many of each class (default: all)")
     flag("-sweep", action="store_true", help="a student for each of some temperatures and alphas")
     args = parse(parser)
-    if len(set(args.seeds)) < 2:
-        parser.error("argument -seeds: at least two different ones are needed to tell a gain from chance")
+    if len(args.seeds) < 2 or len(set(args.seeds)) < len(args.seeds):
+        parser.error("argument -seeds: at least two are needed to tell a gain from chance, each another one")
     rows = main(args)
     save_results(__file__, args, rows)

@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import new_parser, parse, positive_int, print_table, save_results, share
-from m29_inference.student import accuracy, student_and_data
+from common import parse, positive_int, print_table, save_results, share
+from m29_inference.student import cpu_parser, student_and_data
+from m29_inference.training import accuracy
 
 
 class LeNet(nn.Module):
@@ -166,7 +167,7 @@ def main(args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    parser = new_parser(__doc__)
+    parser = cpu_parser(__doc__)
     flag = parser.add_argument
     flag("-amount", type=share, default=0.3, help="share of the weights to prune (default: 0.3)")
     part = parser.add_mutually_exclusive_group().add_argument

@@ -1,8 +1,9 @@
 """What `prune.py -accuracy` does: how many weights a trained network can lose, at once or step by step, before and after fine-tuning.
 
 All get the same fine-tuning, `-epochs` epochs altogether. The unpruned network gets it, too, because more training alone may help.
-"Iterative" prunes in STEPS steps with a part of the fine-tuning after each. Each step takes a share of what is left (half, and then half
-again, leaves a quarter), so the share is chosen for the steps to end at the sparsity asked for.
+"Iterative" prunes in STEPS steps with a part of the fine-tuning after each; where there are fewer epochs than steps, the last steps get
+them. Each step takes a share of what is left (half, and then half again, leaves a quarter), so the share is chosen for the steps to end
+at the sparsity asked for.
 """
 
 import sys
@@ -18,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from common import print_table, save_figure
 from m29_inference import prune as exercise
 from m29_inference.prune import prunable, sparsity_by_layer
-from m29_inference.student import accuracy, copy_of, student_and_data, train
+from m29_inference.student import copy_of, student_and_data
+from m29_inference.training import accuracy, train
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 STEPS = 3
@@ -52,7 +54,7 @@ def iterative(network: nn.Module, data: dict, args, sparsity: float) -> tuple[No
     kept = (1 - sparsity) ** (1 / STEPS)  # of what is left, at each step
     for step in range(STEPS):
         prune_all(network, 1 - kept)
-        tune(network, data, args, args.epochs // STEPS + (step < args.epochs % STEPS))
+        tune(network, data, args, (args.epochs + step) // STEPS)  # together all epochs; 1 of them: 0, 0, 1
     return None, accuracy(network, data["test"])
 
 

@@ -21,7 +21,8 @@ from m29_inference import prune as exercise
 from m29_inference.architectures import count_macs
 from m29_inference.prune_accuracy import tune
 from m29_inference.shrink import Link, links, rank, shrink, silence
-from m29_inference.student import accuracy, copy_of, student_and_data
+from m29_inference.student import copy_of, student_and_data
+from m29_inference.training import accuracy
 
 UNIT = 16  # channels: as many float32 numbers as the widest vector registers hold
 SHARES = (0.75, 0.5, 0.25)  # of the multiplications

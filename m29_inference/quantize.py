@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, new_parser, parse, positive_int, print_table, save_figure, save_results
+from common import InputError, parse, positive_int, print_table, save_figure, save_results
+from m29_inference.student import cpu_parser
 from machine import usable_cpus
 
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def main(args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    parser = new_parser(__doc__)
+    parser = cpu_parser(__doc__)
     flag = parser.add_argument
     flag("-bits", type=positive_int, choices=range(2, 9), metavar="2..8", default=8, help="bits a number (default: 8)")
     flag("-clip", type=float, default=1.0, help="share of the values that the range holds, the others saturate (default: 1.0)")

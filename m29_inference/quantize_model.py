@@ -26,7 +26,8 @@ from m29_inference.int8 import compile_to_file, has_compiler, int8_calls, load_c
 from m29_inference.quantize_linear import dynamic_int8, with_plain_attention
 from m29_inference.quantize_peers import convert_for_peers
 from m29_inference.quantize_report import plot_speed, say
-from m29_inference.student import answers, fast_format, student_and_data
+from m29_inference.student import student_and_data
+from m29_inference.training import answers, fast_format
 from machine import cpu_has
 
 ACCURACY_BATCH = 250  # divides the 10,000 test images, and the sample's

@@ -8,149 +8,29 @@ Convolutions compute in bfloat16 where the processor has instructions for it, an
 as fast as plain float32. After every epoch the training is kept, and goes on from there when it is started again.
 """
 
-import hashlib
+import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
-from common import (
-    DATA,
-    atomic_path,
-    display_path,
-    measure_alternately,
-    new_parser,
-    parse,
-    positive_int,
-    print_table,
-    save_figure,
-    save_results,
-)
-from machine import cpu_has
+from cifar10 import ConvNet, Images, augment, load_cifar10, normalize
+from common import measure_alternately, new_parser, parse, positive_int, print_table, save_figure, save_results
+from m29_inference.training import BATCH, CPU, fast_format, hard_loss, train, training_file
 
-CPU = torch.device("cpu")
-BATCH, WIDTHS, EPOCHS, LEARNING_RATE = 256, (32, 64, 128), 8, 0.2
-PLATEAU = 0.02  # the loss fell by less than this share in two epochs: time to lower the learning rate
+WIDTHS, EPOCHS = (32, 64, 128), 8
 
 
-def fast_format(device: torch.device) -> dict:
-    """Arguments for torch.autocast: bfloat16 where the device computes with it in hardware, float32 otherwise."""
-    capable = device.type == "cuda" or cpu_has("avx512_bf16")
-    return {"device_type": device.type, "dtype": torch.bfloat16, "enabled": capable}
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
-
-
-def hard_loss(logits: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, epoch: int) -> torch.Tensor:
-    """Cross-entropy with the true labels; logits (n, classes) -> a scalar.
-
-    Without label smoothing, which makes a teacher keep what it knows of the other classes to itself (https://arxiv.org/abs/1906.02629).
-    """
-    return nn.functional.cross_entropy(logits, labels)
-
-
-def rate(progress: float, epochs: int | None) -> float:
-    """Share of the full learning rate after `progress` epochs: up in the first one, level, down to 0 in the second half."""
-    return min(1.0, progress) if epochs is None else min(1.0, progress, 2 * (epochs - progress) / epochs)
-
-
-def converged_at(rows: list[dict]) -> int | None:
-    """Epochs of a training to convergence: twice those up to the plateau of the training loss; None before that is reached."""
-    for epoch in range(4, len(rows) + 1):
-        if rows[epoch - 1]["loss"] > (1 - PLATEAU) * rows[epoch - 3]["loss"]:
-            return 2 * epoch
-    return None
-
-
-def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_loss, views=None, test=None, file=None) -> list[dict]:
-    """Train in place on Images; a row an epoch: epoch, loss (its mean), train_s (so far, without testing), accuracy on `test` if given.
-
-    epochs=None trains to convergence: at the full learning rate up to the plateau, then as many epochs again while it falls to 0. The same
-    seed gives the same network on the same machine, also when the training was killed and goes on from `file`. `views` is the
-    augmentation's seed, where it shall be another than the order's.
-    """
-    network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    rows = restore(file, network, optimizer, device)
-    steps, views = len(data) // BATCH, seed if views is None else views
-    bar = tqdm(unit="step", leave=False, initial=len(rows) * steps)
-    while (total := epochs or converged_at(rows)) is None or len(rows) < total:
-        bar.total, epoch = total and total * steps, len(rows)
-        bar.set_description(f"training, epoch {epoch + 1} of {total or '?'}")
-        order, losses, begin = epoch_order(seed, epoch, len(data)), [], time.perf_counter()
-        network.train()
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * rate(epoch + (step + 0.5) / steps, total)
-            indices = order[step * BATCH :][:BATCH]
-            images = normalize(augment(data.images[indices], indices, views, epoch, len(data)).to(device))
-            with torch.autocast(**fast_format(device)):
-                logits = network(images.contiguous(memory_format=torch.channels_last))
-            loss = loss_of(logits.float(), data.labels[indices].to(device), indices, epoch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-            bar.update()
-        row = {"epoch": epoch + 1, "loss": torch.stack(losses).mean().item()}
-        row["train_s"] = time.perf_counter() - begin + (rows[-1]["train_s"] if rows else 0)
-        rows.append(row | ({"accuracy": accuracy(network, test, device)} if test else {}))
-        bar.set_postfix(loss=f"{row['loss']:.3f}")
-        keep(file, network, optimizer, rows)
-    bar.close()
-    network.eval()
-    return rows
-
-
-def keep(file: Path | None, network: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict]) -> None:
-    """Write what a training needs to go on; a kill leaves the file of the epoch before."""
-    if file:
-        with atomic_path(file) as temporary:
-            torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}, temporary)
-
-
-def restore(file: Path | None, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> list[dict]:
-    """The rows of the epochs that are done, network and optimizer as after them; no rows where there is no whole file of this network."""
-    try:
-        kept = torch.load(file or "", map_location=device, weights_only=True)
-        network.load_state_dict(kept["network"])
-        optimizer.load_state_dict(kept["optimizer"])
-        print(f"{len(kept['rows'])} epochs were trained before: {display_path(file)}")
-        return kept["rows"]
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError):  # not there yet, or not whole, or of other widths
-        return []
-
-
-# ---- what was trained ------------------------------------------------------------------------------------------------
-
-
-def answers(network, data: Images, device: torch.device, batch: int = 250) -> torch.Tensor:
-    """The class that `network` gives each image, int64 (n,); it is called with `batch` images at a time."""
-    with torch.inference_mode():
-        return torch.cat([network(normalize(images.to(device))).argmax(1).cpu() for images in data.images.split(batch)])
-
-
-def accuracy(network: nn.Module, data: Images, device: torch.device = CPU) -> float:
-    """Share of the images that `network`, put into eval mode, answers right."""
-    return (answers(network.eval(), data, device) == data.labels).double().mean().item()
-
-
-def training_file(data: Images, *key) -> Path:
-    """Where the training of these images with these other properties is kept."""
-    digest = hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes() + repr(key).encode())
-    return DATA / "students" / f"{digest.hexdigest()[:16]}.pt"
+# ---- what is trained -------------------------------------------------------------------------------------------------
 
 
 def trained_student(data: dict[str, Images], epochs: int | None, seed: int, device: torch.device, widths=WIDTHS):
     """The network trained for so many epochs (None: to convergence), in eval mode, and a row an epoch; trained once, then kept."""
-    file = training_file(data["train"], tuple(widths), epochs, seed)
+    file = training_file(data, device, (hard_loss,), tuple(widths), epochs, seed)
     torch.manual_seed(seed)
     network = ConvNet(widths, "batch")
     rows = train(network, data["train"], epochs, seed, device, test=data["test"], file=file)
@@ -162,6 +42,21 @@ def copy_of(network: nn.Module) -> nn.Module:
     copied = ConvNet(WIDTHS, "batch").eval()
     copied.load_state_dict(network.state_dict())
     return copied
+
+
+def cpu_only(text: str) -> str:
+    """The type of -device for a script about the CPU's own number formats and kernels."""
+    if text not in ("auto", "cpu"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: this exercise computes on the CPU")
+    return "cpu"
+
+
+def cpu_parser(doc: str):
+    """The parser of a script that computes on the CPU, whatever else there is."""
+    parser = new_parser(doc)
+    parser.conflict_handler = "resolve"  # the flag below takes the place of new_parser's
+    parser.add_argument("-device", type=cpu_only, default="cpu", help="cpu, as this exercise is about CPUs (default: cpu)")
+    return parser
 
 
 def quick_part(data: dict[str, Images]) -> dict[str, Images]:

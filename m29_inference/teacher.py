@@ -6,10 +6,8 @@ epoch) and kept, in files of CHUNK images. A run that was killed goes on after t
 
 import contextlib
 import hashlib
-import os
 import re
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +18,14 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import Images, augment, normalize
+from cifar10 import DAMAGED, Images, augment, class_name, fetched_before, hub_reached, normalize
 from common import DATA, InputError, atomic_path
-from data.fetch import online
 from m29_inference.int8 import quiet
-from m29_inference.student import fast_format, trained_student
+from m29_inference.student import trained_student
+from m29_inference.training import fast_format
 
 CHUNK = 2000  # images a file: seconds of our network, two minutes of a Vision Transformer on two cores
 UNCHANGED = -1  # the view without augmentation
-OTHER_NAMES = {"plane": "airplane", "car": "automobile"}
 
 
 @dataclass
@@ -39,7 +36,7 @@ class Teacher:
     module: nn.Module
     prepare: Callable[[torch.Tensor], torch.Tensor]  # uint8 images -> what the module takes
     device: torch.device
-    preparation: str = "normalize"  # what `prepare` does, in words
+    preparation: str = "normalize"  # in words what `prepare` does, and what else is no weight: activations, the order of classes
     batch: int = 250
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
@@ -51,8 +48,8 @@ class Teacher:
         return torch.cat(parts)
 
     def fingerprint(self) -> str:
-        """Of all its numbers and of how images are prepared: another teacher has another one."""
-        digest = hashlib.sha256(self.preparation.encode())
+        """Of all its numbers, its number format, and how images are prepared and classes ordered: another teacher has another one."""
+        digest = hashlib.sha256(f"{self.preparation} {fast_format(self.device)}".encode())
         for value in self.module.state_dict().values():
             digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -81,13 +78,11 @@ class Pretrained(nn.Module):
 def load_pretrained(source: str):
     """The image processor and the classifier of a folder or an id of the hub; InputError in two seconds where there is none."""
     here = Path(source).exists()
-    if not here and not online("https://huggingface.co"):
-        if not fetched_before(source):
-            raise InputError(
-                f"-teacher {source}: no such folder, and the Hugging Face hub cannot be reached: give a folder that "
-                "save_pretrained() wrote, or leave -teacher out, then one is trained here"
-            )
-        os.environ["HF_HUB_OFFLINE"] = "1"  # otherwise it would try for half a minute
+    if not hub_reached() and not here and not fetched_before(source, "models"):  # for a folder, too: -data may be an id of the hub
+        raise InputError(
+            f"-teacher {source}: no such folder, and the Hugging Face hub cannot be reached: give a folder that "
+            "save_pretrained() wrote, or leave -teacher out, then one is trained here"
+        )
     with quiet():
         try:
             from transformers import AutoImageProcessor, AutoModelForImageClassification, logging
@@ -97,19 +92,12 @@ def load_pretrained(source: str):
         if here:
             logging.disable_progress_bar()
         try:
-            return AutoImageProcessor.from_pretrained(source), AutoModelForImageClassification.from_pretrained(source).eval()
+            classifier = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)  # a file may hold bfloat16
+            return AutoImageProcessor.from_pretrained(source), classifier.eval()
         except Exception as error:  # the library raises errors of many kinds
             reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
             where = "no image classifier in this folder" if here else "not to be had from the hub"
             raise InputError(f"-teacher {source}: {where} ({reason})") from error
-
-
-def fetched_before(source: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    with contextlib.suppress(ValueError):  # no id of the hub
-        return isinstance(try_to_load_from_cache(source, "config.json"), str)
-    return False
 
 
 def pretrained_teacher(source: str, processor, classifier: nn.Module, classes: tuple[str, ...], device: torch.device) -> Teacher:
@@ -119,7 +107,8 @@ def pretrained_teacher(source: str, processor, classifier: nn.Module, classes: t
     def prepare(images: torch.Tensor) -> torch.Tensor:
         return processor(images=images, return_tensors="pt", device=device)["pixel_values"]
 
-    return Teacher(source, Pretrained(classifier, order).to(device).eval(), prepare, device, processor.to_json_string(), batch=50)
+    settings = f"{processor.to_json_string()} {classifier.config.to_json_string()} {order}"
+    return Teacher(source, Pretrained(classifier, order).to(device).eval(), prepare, device, settings, batch=50)
 
 
 def match_classes(source: str, names: dict[int, str], classes: tuple[str, ...]) -> list[int]:
@@ -129,10 +118,10 @@ def match_classes(source: str, names: dict[int, str], classes: tuple[str, ...]) 
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names.values()):
         print(f"{source} does not name its classes: taken in the data's order, which its accuracy will confirm or not")
         return list(range(len(classes)))
-    index = {OTHER_NAMES.get(name.lower().strip(), name.lower().strip()): number for number, name in names.items()}
-    if missing := [name for name in classes if name.lower() not in index]:
+    index = {class_name(name): number for number, name in names.items()}
+    if missing := [name for name in classes if class_name(name) not in index]:
         raise InputError(f"-teacher {source} does not know {', '.join(missing)}: its classes are {', '.join(names.values())}")
-    return [index[name.lower()] for name in classes]
+    return [index[class_name(name)] for name in classes]
 
 
 # ---- its logits, kept ------------------------------------------------------------------------------------------------
@@ -157,7 +146,7 @@ def chunk_file(folder: Path, view: int, first: int) -> Path:
 
 def read_chunk(file: Path) -> torch.Tensor | None:
     """float16 (up to CHUNK, classes); None where there is no whole file."""
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as arrays:
+    with contextlib.suppress(*DAMAGED), np.load(file) as arrays:
         return torch.from_numpy(arrays["logits"])
     return None
 

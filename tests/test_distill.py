@@ -1,10 +1,12 @@
 """distill.py, teacher.py and student.py: the loss, teachers of other kinds, logits kept on disk, and trainings that were killed."""
 
+import errno
 import json
-import signal
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +18,11 @@ from cifar10 import ConvNet, Images, stratified
 from common import DATA, ROOT, InputError
 from data.sample import SAMPLE_CLASSES, cifar10_sample
 from m29_inference import teacher as teachers
+from m29_inference import training
 from m29_inference.distill import distillation_loss, mixed_loss
 from m29_inference.distill_report import gain
-from m29_inference.student import CPU, PLATEAU, converged_at, hard_loss, rate, train
 from m29_inference.teacher import UNCHANGED, Teacher, cached_logits, match_classes
+from m29_inference.training import CPU, MOST_EPOCHS, PLATEAU, converged_at, hard_loss, rate, train, training_file
 
 SCRIPT = "m29_inference/distill.py"
 
@@ -99,6 +102,8 @@ def test_the_plateau_ends_the_full_rate_and_as_many_epochs_follow():
     assert converged_at(flat) is None  # since two epochs ago it has fallen by a tenth
     flat.append({"loss": falling[-1]["loss"] * (1 - PLATEAU / 2)})
     assert converged_at(flat) == 16 and converged_at([*flat, *falling]) == 16  # and stays so
+    assert converged_at([{"loss": 0.9**epoch} for epoch in range(MOST_EPOCHS // 2 - 1)]) is None
+    assert converged_at([{"loss": 0.9**epoch} for epoch in range(MOST_EPOCHS)]) == MOST_EPOCHS  # it would fall for ever
     assert [rate(progress, 16) for progress in (0.5, 1, 8, 12, 16)] == [0.5, 1, 1, 0.5, 0]
     assert rate(0.25, None) == 0.25 and rate(30, None) == 1
 
@@ -129,6 +134,53 @@ def test_a_training_that_was_killed_ends_with_the_same_bits(tmp_path):
         assert rows_again[-1]["train_s"] > rows_again[0]["train_s"]
 
 
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
+    def loss_of(logits, labels, indices, epoch):
+        return hard_loss(logits, labels, indices, epoch) * (torch.nan if epoch == 1 else 1)
+
+    file = tmp_path / "net.pt"
+    with pytest.raises(InputError, match="its loss is nan in epoch 2: lower LEARNING_RATE"):
+        train(ConvNet((8, 8, 8), "batch"), noise(256), None, 0, CPU, loss_of=loss_of, file=file)
+    assert [row["epoch"] for row in torch.load(file, weights_only=True)["rows"]] == [1]
+
+
+def test_a_full_disk_costs_the_kept_file_and_not_the_training(tmp_path, monkeypatch, capsys):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    rows = train(ConvNet((8, 8, 8), "batch"), noise(256), 2, 0, CPU, file=tmp_path / "net.pt")
+    assert len(rows) == 2 and list(tmp_path.iterdir()) == []
+    assert "warning: epoch 2 was not kept in " in (said := capsys.readouterr().err) and "No space left on device" in said
+
+
+def test_another_recipe_is_another_training(monkeypatch):
+    """Images, loss, device, number format and constants: whatever changes one of them trains anew."""
+
+    def other_loss(logits, labels, indices, epoch):
+        return 2 * hard_loss(logits, labels, indices, epoch)
+
+    data, changed = {"train": noise(20), "test": noise(10)}, {"train": noise(20), "test": noise(11)}
+    files = [
+        training_file(data, CPU, (hard_loss,), 1),
+        training_file(data, CPU, (hard_loss,), 2),
+        training_file(changed, CPU, (hard_loss,), 1),
+    ]
+    files += [training_file(data, CPU, (other_loss,), 1), training_file(data, CPU, (hard_loss, distillation_loss), 1)]
+    files.append(training_file(data, torch.device("mps"), (hard_loss,), 1))
+    monkeypatch.setattr(training, "PLATEAU", 0.5)
+    files.append(training_file(data, CPU, (hard_loss,), 1))
+    monkeypatch.undo()
+    assert len(set(files)) == len(files) and training_file(data, CPU, (hard_loss,), 1) == files[0]
+
+
+def test_a_gpu_without_bfloat16_of_its_own_computes_in_float32(monkeypatch):
+    for theirs, enabled in ((lambda including_emulation=True: including_emulation, False), (lambda: True, True)):  # new and old torch
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", theirs)
+        assert training.fast_format(torch.device("cuda"))["enabled"] == enabled
+    assert not training.fast_format(torch.device("mps"))["enabled"]
+
+
 def test_a_file_of_other_widths_is_not_taken(tmp_path):
     file = tmp_path / "net.pt"
     for widths in ((8, 8, 8), (8, 16, 8)):
@@ -147,7 +199,7 @@ def test_kill_9_and_again(start_script, run_script, results, tmp_path):
             while not list(file.glob("[!.]*.pt")):  # nor the one that is being written
                 assert process.poll() is None
                 time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
         done = run_script("m29_inference/student.py", *flags, **place)
         assert done.returncode == 0 and ("trained before" in done.stdout) == killed, done.stderr
@@ -207,6 +259,16 @@ def test_logits_are_computed_once_and_a_damaged_or_missing_chunk_again(counted, 
     assert 150 < teacher.asked <= 150 + 60 and all(torch.equal(again[view], first[view]) for view in first)
 
 
+def test_a_chunk_with_any_byte_changed_is_computed_again_or_the_same(tmp_path):
+    file, logits = tmp_path / "chunk.npz", torch.randn(4, 10).half()
+    np.savez(file, logits=logits.numpy())
+    whole = file.read_bytes()
+    for place in range(len(whole)):  # names, sizes, the way of compression, checksums, numbers
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        read = teachers.read_chunk(file)
+        assert read is None or torch.equal(read, logits), place
+
+
 def test_logits_of_another_teacher_or_of_other_images_are_not_taken(counted):
     data, one, other = noise(20), counted(0), counted(1)
     first, second = (cached_logits(teacher, data, [0])[0] for teacher in (one, other))
@@ -264,6 +326,58 @@ def test_a_vision_transformer_in_a_folder_is_a_teacher(tiny_vit):
     assert np.corrcoef(teacher.logits(images).flatten(), direct.flatten())[0, 1] > 0.99
 
 
+def test_a_checkpoint_in_bfloat16_is_one_too(tiny_vit, tmp_path):
+    processor, classifier = teachers.load_pretrained(str(tiny_vit))
+    processor.save_pretrained(tmp_path)
+    classifier.to(torch.bfloat16).save_pretrained(tmp_path)
+    teacher = teachers.pretrained_teacher("half", *teachers.load_pretrained(str(tmp_path)), SAMPLE_CLASSES, CPU)
+    assert teacher.logits(noise(3).images).shape == (3, 10) and len(teacher.fingerprint()) == 16
+
+
+def test_other_names_of_the_classes_make_another_teacher(tiny_vit):
+    processor, classifier = teachers.load_pretrained(str(tiny_vit))
+    one = teachers.pretrained_teacher("t", processor, classifier, SAMPLE_CLASSES, CPU).fingerprint()
+    assert teachers.pretrained_teacher("elsewhere", processor, classifier, SAMPLE_CLASSES, CPU).fingerprint() == one
+    classifier.config.id2label = {number: classifier.config.id2label[9 - number] for number in range(10)}
+    assert teachers.pretrained_teacher("t", processor, classifier, SAMPLE_CLASSES, CPU).fingerprint() != one
+
+
+NO_NETWORK = """
+import socket, sys, time
+socket.create_connection = lambda *_, **__: time.sleep(60)  # as where packets are lost
+import cifar10, common
+from m29_inference import teacher
+
+def refused(load, source):
+    begin = time.monotonic()
+    try:
+        load(source)
+    except common.InputError as error:
+        print(f"{time.monotonic() - begin} {error}")
+
+teacher.load_pretrained(sys.argv[1])
+import datasets, huggingface_hub
+assert huggingface_hub.constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+refused(cifar10.load_cifar10, "nobody/fetched")
+for load in (teacher.load_pretrained, cifar10.load_cifar10):
+    cifar10.hub_reached.cache_clear()
+    refused(load, "nobody/nothing")
+"""
+
+
+def test_without_network_an_id_of_the_hub_is_refused_within_two_seconds(tiny_vit, tmp_path):
+    """And a teacher in a folder does not make data of the hub wait: the libraries ask once, at their import, whether there is a network."""
+    (tmp_path / "datasets--nobody--fetched").mkdir()  # what a download leaves that broke off
+    command, environment = [sys.executable, "-c", NO_NETWORK, str(tiny_vit)], {**os.environ, "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    broken, *unknown = (line.split(" ", 1) for line in done.stdout.splitlines())
+    assert float(broken[0]) < 10 and "nobody/fetched: no such folder, and not to be had from the hub" in broken[1]
+    for seconds, said in unknown:
+        assert 1.4 < float(seconds) < 2 and "nobody/nothing: no such folder, and the Hugging Face hub cannot be reached" in said
+    assert len(unknown) == 2
+
+
 def test_the_run_with_it_and_its_refusal(run_script, results, tiny_vit, tmp_path):
     refused = run_script(SCRIPT, "-quick", "-teacher", tiny_vit)
     assert refused.returncode == 1 and "less than -min_teacher_accuracy 0.6" in refused.stderr and "Traceback" not in refused.stderr
@@ -299,7 +413,8 @@ def test_the_run_of_a_learner(run_script, results):
 def test_bad_input_is_said(check_refusals, tmp_path):
     (tmp_path / "empty").mkdir()
     cases = {
-        ("-seeds", "3"): (2, "at least two different ones"),
+        ("-seeds", "3"): (2, "at least two are needed"),
+        ("-seeds", "0", "0", "1"): (2, "each another one"),
         ("-alpha", "1.5"): (2, "a share between 0 and 1"),
         ("-temperature", "0"): (2, "a number above 0"),
         ("-teacher", str(tmp_path / "empty")): (1, "no image classifier in this folder"),

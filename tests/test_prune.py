@@ -15,7 +15,8 @@ from m29_inference.prune_formats import break_even
 from m29_inference.prune_structured import cut, cut_to
 from m29_inference.shrink import links, rank, shrink, silence
 from m29_inference.sparse_files import FORMATS, load_sparse, save_sparse
-from m29_inference.student import WIDTHS, train
+from m29_inference.student import WIDTHS
+from m29_inference.training import train
 
 SCRIPT = "m29_inference/prune.py"
 CPU = torch.device("cpu")

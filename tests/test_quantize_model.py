@@ -12,7 +12,7 @@ from torch import nn
 
 from cifar10 import ConvNet, Images
 from common import InputError
-from m29_inference import int8, quantize_report, student
+from m29_inference import int8, quantize_report, student, training
 from m29_inference.quantize_linear import PlainAttention, dynamic_int8, with_plain_attention
 from m29_inference.quantize_model import (
     compare_accuracy,
@@ -263,7 +263,7 @@ def test_an_untrained_vision_transformer_does_not_say_zero():
 
 
 def test_training_is_done_once_and_a_damaged_file_is_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(student, "DATA", tmp_path)
+    monkeypatch.setattr(training, "DATA", tmp_path)
     generator = torch.Generator().manual_seed(0)
     images = Images(torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(256) % 10, (), "noise")
     first, _ = student.trained_student({"train": images, "test": images}, 1, 0, torch.device("cpu"), (8, 8, 8))
