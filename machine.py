@@ -17,7 +17,10 @@ from typing import NamedTuple
 import psutil
 import torch
 
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "numba", "simplejpeg")  # named in results where installed
+PACKAGES = (  # named in results where installed
+    *("torch", "torchvision", "numpy", "pillow", "numba", "simplejpeg"),
+    *("torchao", "ptflops", "transformers", "datasets", "onnxruntime", "openvino", "nncf"),
+)
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 UNTOLD = (OSError, ValueError, LookupError, subprocess.SubprocessError)  # no such file or program, or not the text expected: not told
 
