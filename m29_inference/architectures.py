@@ -13,8 +13,8 @@ depend on the weights' values, and the accuracies are those that torchvision pub
 
 import copy
 import difflib
+import io
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -79,15 +79,13 @@ def describe(name: str, model: nn.Module, weights, resolution: int) -> dict:
         marks.append("ptflops sees attention in part" if uses_attention(model) else "counters differ")
     if published and abs(gmacs / published - 1) > TOLERANCE:
         marks.append("not the published count")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "model.pt")
-        torch.save(model.state_dict(), file)
-        size_mb = file.stat().st_size / 1e6
+    content = io.BytesIO()
+    torch.save(model.state_dict(), content)
     return {
         "model": name,
         "resolution": resolution,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "size_mb": size_mb,
+        "size_mb": content.tell() / 1e6,
         "gmacs": gmacs,
         "gmacs_ptflops": macs["ptflops"],
         "gmacs_flop_counter": macs["flop_counter"],

@@ -13,10 +13,15 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import logging
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -31,9 +36,29 @@ ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=4096)},)
 SMALLEST_SCALE = 2**-60  # torchao's own 2**-12 is coarser than the activations of some networks, mobilenet_v3 for one
 
 
+@functools.cache
+def why_not_compiled() -> str | None:
+    """Why PyTorch's compiler can make no CPU code here, None where it can: a tiny program shows whether the C++ compiler works."""
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    command = shlex.split(os.environ.get("CXX") or default, posix=sys.platform != "win32")  # as torch._inductor chooses it
+    if not shutil.which(command[0]):
+        return f"There is no C++ compiler here ({command[0]})"
+    library = ["/LD", "/EHsc"] if sys.platform == "win32" else ["-shared", "-fPIC", "-o", "tiny.so"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "tiny.cpp").write_text("#include <vector>\nint tiny() { return std::vector<int>(42).size(); }\n")
+        done = subprocess.run([*command, *library, "tiny.cpp"], cwd=folder, capture_output=True, text=True, errors="replace")
+    said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[0][:100]
+    return f"The C++ compiler {' '.join(command)} does not work here ({said})" if done.returncode else None
+
+
 def has_compiler() -> bool:
-    """Whether there is a C++ compiler, without which PyTorch's compiler makes no CPU code."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl"))
+    """Whether there is a C++ compiler that works, without which PyTorch's compiler makes no CPU code."""
+    return why_not_compiled() is None
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line of at most 150 characters."""
+    return str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
 
 
 def quiet() -> contextlib.ExitStack:
@@ -48,16 +73,25 @@ def quiet() -> contextlib.ExitStack:
 # ---- from float to int8 ----------------------------------------------------------------------------------------------
 
 
+def import_quantizer():
+    """torchao's module for x86 CPUs; InputError where torchao is missing.
+
+    Its import also makes the operations of an int8 graph known to torch: without it, the compiler would find no int8 pattern, silently.
+    """
+    try:
+        with quiet():
+            from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
+    except ImportError as error:
+        raise InputError(f"torchao is missing ({error}): pip install -r requirements.txt") from error
+    return x86_inductor_quantizer
+
+
 def int8_recipe(keep_float: tuple[str, ...] = ()):
     """torchao's quantizer for x86 CPUs: a scale for each channel of a weight, one for each activation, both from what was observed.
 
     keep_float: names of layers that stay float32.
     """
-    try:
-        with quiet():
-            from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-    except ImportError as error:
-        raise InputError(f"torchao is missing ({error}): pip install -r requirements.txt") from error
+    x86 = import_quantizer()
     config = x86.get_default_x86_inductor_quantization_config()
     for part in ("input_activation", "weight"):
         spec = getattr(config, part)
@@ -76,10 +110,8 @@ def export_network(network: nn.Module, images: torch.Tensor, any_batch: bool = T
         # strict: the graph of a residual network that the default mode records cannot be quantized
         return torch.export.export(network, (images,), strict=True, dynamic_shapes=ANY_BATCH if any_batch else None)
     except Exception as error:  # of torch.export's many kinds
-        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{type(network).__name__} cannot be exported as one graph, so it cannot be quantized this way ({reason})"
-        ) from error
+        name = type(network).__name__
+        raise InputError(f"{name} cannot be exported as one graph, so it cannot be quantized this way ({first_line(error)})") from error
 
 
 def quantize_network(network: nn.Module, calibration: list[torch.Tensor], keep_float: tuple[str, ...] = ()) -> torch.fx.GraphModule:
@@ -160,17 +192,15 @@ def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path) ->
         for node in exported.graph.nodes:
             for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):  # where it came from
                 node.meta.pop(note, None)
-        torch.export.save(exported, temporary)
+        content = io.BytesIO()  # torch's own writer does not say it when the disk is full
+        torch.export.save(exported, content)
+        temporary.write_bytes(content.getbuffer())
     return file
 
 
 def load_graph(file: Path) -> nn.Module:
     """What save_graph kept; InputError where the file is none of its."""
-    # The imports make the graph's operations known. Without the second the compiler finds no int8 pattern, silently.
-    with quiet():
-        import torchao
-        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
-
+    import_quantizer()
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file")
     try:

@@ -187,6 +187,19 @@ def main(args) -> list[dict]:
     return bits + granularity + sums
 
 
+ONE_TENSOR, NETWORK = ("bits", "clip"), ("layers", "batch_sizes", "threads", "calibration", "pretrained", "data", "save", "load", "peers")
+
+
+def refuse_idle_flags(parser, args) -> None:
+    """End with exit code 2 where a flag was given that this run would not look at."""
+    given = [name for name in (ONE_TENSOR if args.model else NETWORK) if getattr(args, name) != parser.get_default(name)]
+    flags = ", ".join(f"-{name}" for name in given)
+    if given and args.model:
+        parser.error(f"argument {flags}: about one tensor, so it has no effect with -model")
+    if given:
+        parser.error(f"argument {flags}: about a whole network: give -model, too")
+
+
 if __name__ == "__main__":
     parser = cpu_parser(__doc__)
     flag = parser.add_argument
@@ -203,8 +216,7 @@ if __name__ == "__main__":
     flag("-load", type=Path, help="with -model: take the int8 network from this file instead of converting")
     flag("-peers", action="store_true", help="with -model: also ONNX Runtime and OpenVINO, where they are installed")
     args = parse(parser)
-    if (args.layers or args.save or args.load) and not args.model:
-        parser.error("-layers, -save and -load are about a whole network: give -model, too")
+    refuse_idle_flags(parser, args)
     run = main
     if args.model:
         from m29_inference.quantize_layers import sensitivity  # which imports this file

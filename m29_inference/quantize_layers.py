@@ -12,8 +12,9 @@ from cifar10 import normalize
 from common import print_table, save_figure
 from m29_inference import quantize
 from m29_inference.int8 import quantize_network
+from m29_inference.quantize_cost import relative
 from m29_inference.quantize_linear import with_plain_attention
-from m29_inference.quantize_model import load_network, relative
+from m29_inference.quantize_model import load_network
 from m29_inference.quantize_report import plot_layers
 
 CALIBRATION, HELD_OUT = 64, 1000  # images; the graphs are not compiled here, so they are slow
@@ -22,7 +23,10 @@ CALIBRATION, HELD_OUT = 64, 1000  # images; the graphs are not compiled here, so
 def sensitivity(args) -> list[dict]:
     """A row for all layers in int8 and one for each layer kept in float32: error of the logits, answers that agree, accuracy."""
     network, calibration, data = load_network(args)
-    network, calibration = with_plain_attention(network), list(torch.cat(calibration)[:CALIBRATION].split(32))
+    network, found = with_plain_attention(network), torch.cat(calibration)
+    calibration = list(found[:CALIBRATION].split(32))
+    if len(found) > CALIBRATION:
+        print(f"{CALIBRATION} of the {len(found)} images to calibrate with are taken: a network is converted for each layer")
     images = normalize(data["test"].images[: 32 if args.quick else HELD_OUT]) if data else torch.randn_like(calibration[0])
     labels = data["test"].labels[: len(images)] if data else None
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]

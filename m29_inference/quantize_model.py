@@ -19,30 +19,29 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
-from common import InputError, display_path, measure_alternately, print_table, save_figure
+from common import InputError, measure_alternately, print_table, save_figure
 from m29_inference import quantize
 from m29_inference.architectures import build, fitting_batch, published_resolution, uses_attention
-from m29_inference.int8 import compile_to_file, has_compiler, int8_calls, load_compiled, load_graph, quantize_network, quiet, save_graph
+from m29_inference.int8 import (
+    compile_to_file,
+    first_line,
+    has_compiler,
+    int8_calls,
+    load_compiled,
+    load_graph,
+    quantize_network,
+    quiet,
+    why_not_compiled,
+)
+from m29_inference.quantize_cost import InBfloat16, compare_accuracy, relative, sizes_mb
 from m29_inference.quantize_linear import dynamic_int8, with_plain_attention
-from m29_inference.quantize_peers import convert_for_peers
+from m29_inference.quantize_peers import convert_for_peers, load_peers
 from m29_inference.quantize_report import plot_speed, say
 from m29_inference.student import student_and_data
-from m29_inference.training import answers, fast_format
+from m29_inference.training import CPU, fast_format
 from machine import cpu_has
 
-ACCURACY_BATCH = 250  # divides the 10,000 test images, and the sample's
 REPEATS = 9
-
-
-class InBfloat16(nn.Module):
-    """A network computed in bfloat16, float32 outside."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network).to(torch.bfloat16)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(images.to(torch.bfloat16)).float()
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -56,12 +55,13 @@ def load_network(args) -> tuple[nn.Module, list[torch.Tensor], dict | None]:
         picked = torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(args.seed))[:n]
         images = normalize(data["train"].images[picked])
     else:
-        (network, weights), data = build(args.model, args.pretrained, torch.device("cpu")), None
+        (network, weights), data = build(args.model, args.pretrained, CPU), None
         for module in network.modules():
             if isinstance(module, nn.Linear) and not module.weight.any():  # the head of an untrained Vision Transformer: all outputs 0
                 nn.init.trunc_normal_(module.weight, std=0.02)
         resolution = published_resolution(weights)
         images = torch.randn(n, 3, resolution, resolution, generator=torch.Generator().manual_seed(args.seed))
+        print(f"{args.model} is calibrated with random numbers: its latencies are right, its scales would not be for photographs")
     if len(images) < 32:
         print(f"warning: {len(images)} images to calibrate with are few: the ranges of rarer values are missed; 320 are usual")
     if images.std(0).max() < 1e-6:
@@ -85,7 +85,7 @@ def load_converted(args, network: nn.Module, images: torch.Tensor) -> nn.Module:
 def say_what_is_missing() -> None:
     """What this machine lacks for int8 to be fast."""
     if not has_compiler():
-        print("There is no C++ compiler here (g++, clang++ or cl): int8 is the graph, not compiled; that shows accuracy, no speed.")
+        print(f"{why_not_compiled()}: int8 is the graph, not compiled; that shows accuracy, no speed.")
     if not (cpu_has("avx512_vnni") or cpu_has("avx_vnni")):
         print("This processor has no instructions for sums of int8 products (VNNI): int8 gains little but the smaller size.")
     if not fast_format(torch.device("cpu"))["enabled"]:
@@ -116,14 +116,18 @@ def compiled(name: str, variant: nn.Module, images: torch.Tensor, folder: Path):
     """(function of a batch, number of int8 operations or None) by AOTInductor, by torch.compile where the name says so."""
     if "not compiled" in name:
         return variant, None
-    if "dynamic" in name or "torch.compile" in name:
-        torch._inductor.config.freezing = True  # weights become constants of the code; the option of torch.compile alone does not do it
-        function = torch.compile(variant)
-        with quiet(), torch.inference_mode():  # as it is timed: in another mode it would be compiled once more
-            function(images)
-        return function, None
-    file = compile_to_file(variant, images, folder / f"{name}_{len(images)}_{torch.get_num_threads()}.pt2".replace(" ", "_"))
-    return load_compiled(file), int8_calls(file)
+    try:
+        if "dynamic" in name or "torch.compile" in name:
+            torch._inductor.config.freezing = True  # weights become constants of the code; the option of torch.compile does not do it
+            function = torch.compile(variant, dynamic=False)  # for this batch size alone, as AOTInductor's code is
+            with quiet(), torch.inference_mode():  # as it is timed: in another mode it would be compiled once more
+                function(images)
+            return function, None
+        file = compile_to_file(variant, images, folder / f"{name}_{len(images)}_{torch.get_num_threads()}.pt2".replace(" ", "_"))
+        return load_compiled(file), int8_calls(file)
+    except RuntimeError as error:  # torch's compiler raises kinds of it
+        hint = "with CXX=none in the environment int8 runs as a graph, not compiled"
+        raise InputError(f"{name} cannot be compiled here ({first_line(error)}): {hint}") from error
 
 
 def time_variants(args, network: nn.Module, variants: dict, others: dict, images: torch.Tensor, progress: tqdm) -> list[dict]:
@@ -132,16 +136,17 @@ def time_variants(args, network: nn.Module, variants: dict, others: dict, images
     arranged = images.contiguous(memory_format=torch.channels_last)
     calls = {"eager": lambda: network(images), "channels_last": lambda: copied(arranged)}
     counts = {}
+    torch._dynamo.reset()  # it would go on with what it compiled for another batch size, and for more or fewer threads
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps a library that is in use
         for name, variant in variants.items():
             progress.set_postfix_str(f"{name}, batch {len(images)}, threads {torch.get_num_threads()}")
             function, counts[name] = compiled(name, variant, images, Path(folder))
             calls[name] = lambda function=function: function(images)
             progress.update()
-        calls |= {name: load(images, torch.get_num_threads()) for name, load in others.items()}
+        calls |= load_peers(others, images)
         with torch.inference_mode():
             outputs = {name: call().float() for name, call in calls.items()}
-            timings = measure_alternately(calls, torch.device("cpu"), REPEATS)
+            timings = measure_alternately(calls, CPU, REPEATS)
     rows = []
     for name in calls:
         runs = [theirs / own for theirs, own in zip(timings["eager"].runs_ms, timings[name].runs_ms, strict=True)]
@@ -152,48 +157,11 @@ def time_variants(args, network: nn.Module, variants: dict, others: dict, images
     return rows
 
 
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Size of the difference against the size of what is right."""
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def compare_accuracy(network: nn.Module, int8: nn.Module, data: dict, quick: bool) -> dict[str, float]:
-    """Right answers of both on all test images, image by image; prints the difference with its 95 % interval and how often both agree."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        images = normalize(data["test"].images[:ACCURACY_BATCH])
-        function = load_compiled(compile_to_file(int8, images, Path(folder, "accuracy.pt2"))) if has_compiler() and not quick else int8
-        theirs = answers(network, data["test"], torch.device("cpu"), ACCURACY_BATCH)
-        ours, labels = answers(function, data["test"], torch.device("cpu"), ACCURACY_BATCH), data["test"].labels
-    difference = (ours == labels).double() - (theirs == labels).double()  # -1, 0 or 1 for each image
-    margin = 1.96 * difference.std().item() / math.sqrt(len(difference))
-    print(
-        f"\n{len(labels):,} test images: int8 {difference.mean().item() * 100:+.2f} points (95 % interval +- {margin * 100:.2f}), ", end=""
-    )
-    print(f"the same class as float32 for {(ours == theirs).double().mean().item():.2%}")
-    return {"eager": (theirs == labels).double().mean().item(), "int8": (ours == labels).double().mean().item()}
-
-
-def sizes_mb(network: nn.Module, int8: nn.Module, images: torch.Tensor, kept: Path | None) -> dict[str, float]:
-    """MB as saved: the weights in float32 and bfloat16, the int8 graph; which must compute the same bits when it is loaded again."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = save_graph(int8, images, kept or Path(folder, "int8.pt2"))
-        with torch.no_grad():
-            if not torch.equal(load_graph(file)(images), int8(images)):
-                raise RuntimeError("the int8 network that was saved computes something else")
-        sizes = {"int8": file.stat().st_size / 1e6}
-        for name, weights in {"float32": network, "bfloat16": InBfloat16(network).network}.items():
-            torch.save(weights.state_dict(), Path(folder, name))
-            sizes[name] = Path(folder, name).stat().st_size / 1e6
-    print(f"saved: {sizes['float32']:.2f} MB in float32, {sizes['int8']:.2f} in int8, {sizes['int8'] / sizes['float32']:.3f}x", end="")
-    print(f"; loaded again it computes the same bits{f'; kept in {display_path(kept)}' if kept else ''}")
-    return sizes
-
-
-def time_all(args, network: nn.Module, int8: nn.Module, calibration: list[torch.Tensor]) -> list[dict]:
+def time_all(args, network: nn.Module, variants: dict, calibration: list[torch.Tensor]) -> list[dict]:
     """Rows for each batch size and number of threads."""
     batches, threads = (args.batch_sizes[:1], args.threads[:1]) if args.quick else (args.batch_sizes, args.threads)
-    batches = [fitting_batch(network, args.model, calibration[0].shape[-1], batch, torch.device("cpu")) for batch in batches]
-    variants, rows, images = find_variants(network, int8, args.quick), [], torch.cat(calibration)
+    batches = [fitting_batch(network, args.model, calibration[0].shape[-1], batch, CPU) for batch in batches]
+    rows, images = [], torch.cat(calibration)
     total = len(variants) * len(batches) * len(threads)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, desc="compiling") as progress:
         others = convert_for_peers(network, calibration, Path(folder)) if args.peers else {}
@@ -212,14 +180,18 @@ def compare(args) -> list[dict]:
     print("reading the int8 network" if args.load else f"converting to int8: export, {images} images to calibrate with, convert")
     # nn.MultiheadAttention's weights would stay float32
     int8 = load_converted(args, network, calibration[0]) if args.load else quantize_network(with_plain_attention(network), calibration)
-    sizes = sizes_mb(network, int8, calibration[0], args.save)
-    rows = time_all(args, network, int8, calibration)
-    accuracy = compare_accuracy(network, int8, data, args.quick) if data else {}
+    variants = find_variants(network, int8, args.quick)
+    sizes = sizes_mb(network, variants, calibration[0], args.save)
+    if args.save and args.pretrained and not data:
+        print(f"warning: random numbers set the scales in {args.save}: good for measuring latency, not for answers about photographs")
+    rows = time_all(args, network, variants, calibration)
+    answering = {name: variants[name] for name in ("compiled bfloat16", "int8", "int8, not compiled") if name in variants}
+    accuracy = compare_accuracy(network, answering, data, has_compiler() and not args.quick) if data else {}
     for row in rows:
-        variant = row["variant"].removesuffix(", not compiled").removesuffix(", torch.compile")
-        kept = {"int8": "int8", "compiled bfloat16": "bfloat16"}.get(variant, "float32" if "int8" not in variant else None)
-        row |= {"size_mb": sizes.get(kept), "accuracy": accuracy.get(variant)}
-    print_table([{key: value for key, value in row.items() if key != "runs_ms"} for row in rows])
+        same = row["variant"].removesuffix(", torch.compile")  # the int8 graph compiled in another way
+        row |= {"size_mb": sizes.get(row["variant"]), "accuracy": None} | accuracy.get(same, {})
+    said = ("runs_ms", "accuracy_difference", "accuracy_margin", "same_class")  # in sentences, here and below
+    print_table([{key: value for key, value in row.items() if key not in said} for row in rows])
     if any(row["int8_operations"] == 0 for row in rows):
         print("warning: the compiled code contains no int8 operation, torch has none for this processor: the rows int8 compute with floats")
     say(rows)

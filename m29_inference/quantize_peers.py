@@ -2,7 +2,7 @@
 
 Both get the same network, the same images to calibrate with and the same number of threads. ONNX Runtime: quantize and dequantize
 in the graph, a scale a channel for weights, after its own shape inference and simplification. OpenVINO: NNCF's default algorithm,
-which corrects biases as well, latency hint. A peer that is missing is named and left out.
+which corrects biases as well, latency hint. A peer that is missing or fails is named, with the reason, and left out.
 """
 
 import contextlib
@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from m29_inference.int8 import ANY_BATCH, quiet
+from m29_inference.int8 import ANY_BATCH, first_line, quiet
 
 
 def convert_for_peers(network: nn.Module, calibration: list[torch.Tensor], folder: Path) -> dict:
-    """{name: function of (images, threads) that loads the converted network for this batch size}, of the peers that are installed."""
+    """{name: function of (images, threads) that loads the converted network for this batch size}, of the peers that can do it."""
     found = {}
     for name, convert in {"int8, ONNX Runtime": onnx_runtime, "int8, OpenVINO": openvino}.items():
         try:
@@ -24,7 +25,22 @@ def convert_for_peers(network: nn.Module, calibration: list[torch.Tensor], folde
                 found[name] = convert(network, calibration, folder)
         except ImportError as error:
             print(f"{name} is left out: {error.name or error} is not installed (requirements-peers.txt)")
+        except Exception as error:  # each library has its own, and an operation that it does not know
+            print(f"{name} is left out: it cannot convert this network ({first_line(error)})")
     return found
+
+
+def load_peers(converted: dict, images: torch.Tensor) -> dict:
+    """{name: function that computes `images` with the threads set now}, of the peers that can do it."""
+    calls = {}
+    for name, load in converted.items():
+        try:
+            call = load(images, torch.get_num_threads())
+            call()
+            calls[name] = call
+        except Exception as error:  # each library has its own
+            tqdm.write(f"{name} is left out at batch {len(images)}: it fails ({first_line(error)})")
+    return calls
 
 
 def onnx_runtime(network: nn.Module, calibration: list[torch.Tensor], folder: Path):

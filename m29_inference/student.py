@@ -54,8 +54,9 @@ def cpu_only(text: str) -> str:
 def cpu_parser(doc: str):
     """The parser of a script that computes on the CPU, whatever else there is."""
     parser = new_parser(doc)
-    parser.conflict_handler = "resolve"  # the flag below takes the place of new_parser's
-    parser.add_argument("-device", type=cpu_only, default="cpu", help="cpu, as this exercise is about CPUs (default: cpu)")
+    device = parser._option_string_actions["-device"]
+    device.type, device.choices, device.metavar, device.default = cpu_only, None, "cpu", "cpu"
+    device.help = "this exercise computes on the CPU alone"
     return parser
 
 

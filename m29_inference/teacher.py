@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import DAMAGED, Images, augment, class_name, fetched_before, hub_reached, normalize
 from common import DATA, InputError, atomic_path
-from m29_inference.int8 import quiet
+from m29_inference.int8 import first_line, quiet
 from m29_inference.student import trained_student
 from m29_inference.training import fast_format
 
@@ -95,9 +95,8 @@ def load_pretrained(source: str):
             classifier = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)  # a file may hold bfloat16
             return AutoImageProcessor.from_pretrained(source), classifier.eval()
         except Exception as error:  # the library raises errors of many kinds
-            reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
             where = "no image classifier in this folder" if here else "not to be had from the hub"
-            raise InputError(f"-teacher {source}: {where} ({reason})") from error
+            raise InputError(f"-teacher {source}: {where} ({first_line(error)})") from error
 
 
 def pretrained_teacher(source: str, processor, classifier: nn.Module, classes: tuple[str, ...], device: torch.device) -> Teacher:
