@@ -1,15 +1,20 @@
-"""The sentences and pictures of `quantize.py -model NAME`."""
+"""The sentences and pictures of `quantize.py -model NAME`; the verdict on latencies is also that of prune.py."""
 
 import statistics
 
 import matplotlib.pyplot as plt
 
 
-def against(ours: dict, theirs: dict) -> str:
-    """How many times as fast one row is as another: median and range of the rounds, each measured one after the other."""
-    ratios = [their / own for their, own in zip(theirs["runs_ms"], ours["runs_ms"], strict=True)]
+def times_as_fast(runs_ms: list[float], their_runs_ms: list[float], name: str) -> str:
+    """How many times as fast as what is called `name`: median and range of the rounds, in each of which both were measured."""
+    ratios = [their / own for their, own in zip(their_runs_ms, runs_ms, strict=True)]
     verdict = "faster" if min(ratios) > 1 else "slower" if max(ratios) < 1 else "cannot tell"
-    return f"{statistics.median(ratios):.2f}x {theirs['variant']} ({min(ratios):.2f} to {max(ratios):.2f}, {verdict})"
+    return f"{statistics.median(ratios):.2f}x {name} ({min(ratios):.2f} to {max(ratios):.2f}, {verdict})"
+
+
+def against(ours: dict, theirs: dict) -> str:
+    """How many times as fast one row is as another, in words."""
+    return times_as_fast(ours["runs_ms"], theirs["runs_ms"], theirs["variant"])
 
 
 def say(rows: list[dict]) -> None:
