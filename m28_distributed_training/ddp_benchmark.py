@@ -144,6 +144,7 @@ def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int
     base, mine = runs[next(iter(runs))], runs[shape]
     speedups = [one["step_s"] / own["step_s"] for one, own in zip(base, mine, strict=True)]
     rates = [batch_size / run["step_s"] for run in mine]
+    shares = [1 - run["compute_s"] / run["step_s"] for run in mine] if shape[0] > 1 else [0.0]  # one process has nobody to wait for
     return {
         "processes": shape[0],
         "threads": shape[1],
@@ -154,7 +155,7 @@ def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int
         "compute_ms": statistics.median(run["compute_s"] for run in mine) * 1e3,
         "step_ms": statistics.median(run["step_s"] for run in mine) * 1e3,
         "allreduce_alone_ms": statistics.median(run["allreduce_s"] for run in mine) * 1e3,
-        "allreduce_share": max(0.0, statistics.median(1 - run["compute_s"] / run["step_s"] for run in mine)),
+        "allreduce_share": max(0.0, statistics.median(shares)),
         "bytes_per_step": mine[0]["bytes"],
         "formula_bytes": parameters,
         "ring_bytes_each": ddp_bytes(shape[0], parameters),
@@ -195,7 +196,7 @@ def plot(rows: list[dict]) -> plt.Figure:
     left.set(xlabel="processes", ylabel="speed-up over one process", xticks=counts, xlim=(0.7, counts[-1] + 0.3), ylim=(0, None))
     left.legend()
     names = [f"{row['processes']} x {row['threads']}" for row in rows]
-    compute = [min(row["compute_ms"], row["step_ms"]) for row in rows]
+    compute = [row["step_ms"] * (1 - row["allreduce_share"]) for row in rows]
     right.bar(names, compute, color="tab:blue", label="compute (data, forward, backward, optimizer)")
     rest = [row["step_ms"] - own for row, own in zip(rows, compute, strict=True)]
     right.bar(names, rest, bottom=compute, color="tab:red", label="all-reduce that is not hidden")
