@@ -36,9 +36,10 @@ def plot_rates(rows: list[dict], what: str, ceiling: float) -> plt.Figure:
     macs = [min(row["gmacs"] for row in rows) / 2, max(row["gmacs"] for row in rows) * 4]  # room for the names
     for share in (1, 0.5, 0.25, 0.1, 0.05):
         rate = ceiling * share
-        name = f"{rate:,.0f} GMAC/s" + (f", {what}" if share == 1 else "")
-        axes.plot(macs, [count / rate * 1e3 for count in macs], color="tab:red" if share == 1 else "lightgrey", linewidth=1)
-        axes.annotate(name, (macs[1], macs[1] / rate * 1e3), fontsize=7, color="grey", ha="right", va="bottom")
+        line = {"color": "tab:red", "label": f"{rate:,.0f} GMAC/s, {what}"} if share == 1 else {"color": "lightgrey"}
+        axes.plot(macs, [count / rate * 1e3 for count in macs], linewidth=1, **line)
+        if share < 1:  # the red one is named in the legend: a network near the ceiling has its own name there
+            axes.annotate(f"{rate:,.0f} GMAC/s", (macs[1], macs[1] / rate * 1e3), fontsize=7, color="grey", ha="right", va="bottom")
     for row in rows:
         axes.plot(row["gmacs"], row["latency_ms"], "o")
         axes.annotate(f" {row['model']}, {row['gmacs_per_s']:,.0f} GMAC/s", (row["gmacs"], row["latency_ms"]), fontsize=8, va="top")
@@ -47,6 +48,7 @@ def plot_rates(rows: list[dict], what: str, ceiling: float) -> plt.Figure:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
+    axes.legend(fontsize=8, loc="upper left")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure
 

@@ -11,6 +11,7 @@ ones, and computes `weight` as their product before every forward pass. So a pru
 "Unstructured" pruning zeroes single weights; "structured" pruning takes whole channels, which can then be cut out of the tensors.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -99,7 +100,29 @@ def whole_net(amount: float) -> None:
     print(f"a loop over the layers that have a weight: {sparsity_by_layer(net)[-1]['sparsity']:.1%} zeros\n")
 
 
-def by_kind() -> None:
+def traps() -> None:
+    """Three that every user steps into once: what `amount` means, deepcopy, the memory layout."""
+    for amount, kind in ((1, "an int is a count"), (1.0, "a float is a share")):
+        net = LeNet()
+        prune.random_unstructured(net.fc3, name="weight", amount=amount)
+        print(f"amount={amount}: {int((net.fc3.weight == 0).sum())} of {net.fc3.weight.numel()} weights, {kind}")
+    print(f"copy.deepcopy of a pruned network: {refusal(copy.deepcopy, net)}. Copy before, or build it anew and load its state_dict")
+    net = LeNet().to(memory_format=torch.channels_last)
+    layers = [(module, "weight") for _, module in prunable(net)]
+    said = refusal(prune.global_unstructured, layers, pruning_method=prune.L1Unstructured, amount=0.5)
+    print(f"global_unstructured on a network in channels_last: {said}. Prune in PyTorch's own layout, change it afterwards\n")
+
+
+def refusal(function, *values, **options) -> str:
+    """The error of a call, in a line; that it works where another torch has none."""
+    try:
+        function(*values, **options)
+    except RuntimeError as error:
+        return f'RuntimeError, "{str(error).split(". ")[0]}"'
+    return "works with this torch"
+
+
+def by_kind() -> list[dict]:
     """Convolutions and linear layers differently: the latter hold most weights and miss them least."""
     net = LeNet()
     for _, module in prunable(net):
@@ -108,8 +131,10 @@ def by_kind() -> None:
         else:
             prune.random_unstructured(module, name="weight", amount=0.4)
     print("20 % of each convolution by size, 40 % of each linear layer at random")
-    print_table(sparsity_by_layer(net))
+    rows = sparsity_by_layer(net)
+    print_table(rows)
     print()
+    return rows
 
 
 def all_together(net: nn.Module, amount: float) -> list[dict]:
@@ -151,6 +176,7 @@ def main(args) -> list[dict]:
     print(f"LeNet: {sum(parameter.numel() for parameter in net.parameters()):,} parameters\n")
     one_layer(net, args.amount)
     whole_net(args.amount)
+    traps()
     by_kind()
     network, data = student_and_data(args)
     rows = [{"method": "none", "sparsity": 0.0, "accuracy": accuracy(network, data["test"])}]

@@ -1,6 +1,7 @@
 """prune.py and what belongs to it: zeros counted, formats read back, channels cut out without changing a number, and bad input."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torchvision
 from torch import nn
 
 from cifar10 import ConvNet, Images
+from common import InputError
 from m29_inference import prune as exercise
+from m29_inference import prune_accuracy, prune_formats
 from m29_inference.prune import LeNet, make_permanent, prunable, remove_masks, sparsity, sparsity_by_layer
 from m29_inference.prune_accuracy import prune_all
 from m29_inference.prune_formats import break_even
@@ -54,6 +57,46 @@ def test_sparsity_is_exact_to_the_weight(amount):
     if amount == 0.3:  # the traps: zeros are not in the parameters, and layers lose different shares
         assert not any((parameter == 0).any() for name, parameter in net.named_parameters() if name.endswith("weight_orig"))
         assert max(row["sparsity"] for row in rows) > min(row["sparsity"] for row in rows) + 0.05
+
+
+def test_a_fifth_of_each_convolution_and_two_fifths_of_each_linear_layer():
+    zeros = {row["layer"]: row["zeros"] for row in exercise.by_kind()}
+    assert zeros == {"conv1": 30, "conv2": 480, "fc1": 19_200, "fc2": 4_032, "fc3": 336, "all": 24_078}
+
+
+def test_l1_takes_the_smallest_of_the_bias(capsys):
+    net = LeNet()
+    net.conv1.bias.data = torch.tensor([0.5, -0.1, 0.3, -0.4, 0.2, 0.6])
+    exercise.one_layer(net, 0.5)
+    assert (net.conv1.bias == 0).tolist() == [False, True, True, False, True, False]
+    assert "3 of 6 biases are 0" in capsys.readouterr().out
+
+
+def test_the_traps_are_shown(capsys):
+    exercise.traps()
+    said = capsys.readouterr().out
+    assert "amount=1: 1 of 840 weights" in said and "amount=1.0: 840 of 840 weights" in said
+    assert "copy.deepcopy of a pruned network: " in said and "global_unstructured on a network in channels_last: " in said
+
+
+@pytest.mark.parametrize(("epochs", "parts"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (5, [1, 2, 2])])
+def test_the_last_cut_is_always_tuned(monkeypatch, epochs, parts):
+    """Fewer epochs than steps go to the last steps, so that no network is measured right after a cut."""
+    trained = []
+    monkeypatch.setattr(prune_accuracy, "train", lambda network, images, epochs, *_: trained.append(epochs))
+    monkeypatch.setattr(prune_accuracy, "accuracy", lambda *_: trained.append("measured"))
+    data = {"train": None, "test": None}
+    prune_accuracy.iterative(ConvNet((8, 8, 8), "batch"), data, SimpleNamespace(epochs=epochs, seed=0), 0.5)
+    assert trained == [*parts, "measured"]
+
+
+def test_a_torch_without_products_with_csr_is_said(monkeypatch):
+    def refuse(x, weight):
+        raise RuntimeError("Calling addmm on a sparse CPU tensor requires Linux platform\nand MKL")
+
+    monkeypatch.setattr(nn.functional, "linear", refuse)
+    with pytest.raises(InputError, match=r"as CSR is left out, .* .Calling addmm on a sparse CPU tensor requires Linux"):
+        prune_formats.time_csr(torch.ones(1, 4), torch.eye(4))
 
 
 def test_the_same_share_twice_takes_a_share_of_what_is_left():
@@ -188,7 +231,7 @@ def test_accuracy_over_sparsity(run_script, results):
 
 def test_formats(run_script, results):
     said, rows = run(run_script, results, "-formats")
-    assert "bitmask: smaller than the dense file from" in said
+    assert "bitmask: smaller than the dense file from" in said and "x no zeros (" in said and "x dense (" in said
     masked = next(row["size_mb"] for row in rows if row["format"] == "masked")
     dense = next(row["size_mb"] for row in rows if row["format"] == "dense")
     assert masked > 1.8 * dense
@@ -204,6 +247,7 @@ def test_whole_channels(run_script, results):
 
 def test_bad_input_is_said(check_refusals):
     cases = {("-amount", "1.5"): (2, "a share between 0 and 1"), ("-accuracy", "-formats"): (2, "not allowed with argument")}
+    cases[("-device", "cuda")] = (2, "argument -device: 'cuda' is not allowed: this exercise computes on the CPU")
     check_refusals(SCRIPT, cases)
 
 
