@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,8 @@ from torch import nn
 from cifar10 import ConvNet, Images, stratified
 from common import DATA, ROOT, InputError
 from data.sample import SAMPLE_CLASSES, cifar10_sample
+from m29_inference import distill, training
 from m29_inference import teacher as teachers
-from m29_inference import training
 from m29_inference.distill import distillation_loss, mixed_loss
 from m29_inference.distill_report import gain
 from m29_inference.teacher import UNCHANGED, Teacher, cached_logits, match_classes
@@ -408,6 +409,36 @@ def test_the_run_of_a_learner(run_script, results):
     assert swept.returncode == 0, swept.stderr
     rows = json.loads((results / "distill.json").read_text())["rows"]
     assert len({(row.get("temperature"), row.get("alpha")) for row in rows}) == 3 and (results / "distill_sweep.png").exists()
+
+
+def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(start_script, run_script, results, tmp_path, monkeypatch):
+    killed, whole, data = tmp_path / "killed", tmp_path / "whole", str(cifar10_sample())
+    flags = {"epochs": 2, "teacher_epochs": 1, "min_teacher_accuracy": 0.0, "limit": 1024, "data": data}
+    words = ["-quick", "-num_threads", "1", *(word for flag, value in flags.items() for word in (f"-{flag}", str(value)))]
+    for pattern, count in {"teacher_logits/*/*.npz": 1, "students/*.pt": 3}.items():  # the teacher, a student alone, one distilled
+        process = start_script(SCRIPT, *words, COURSE_DATA=str(killed))
+        while len([file for file in killed.glob(pattern) if not file.name.startswith(".")]) < count:  # those are being written
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    done = run_script(SCRIPT, *words, COURSE_DATA=str(killed))
+    assert done.returncode == 0 and "trained before" in done.stdout, done.stderr
+    rows = json.loads((results / "distill.json").read_text())["rows"]
+
+    monkeypatch.setattr(training, "DATA", whole)
+    monkeypatch.setattr(teachers, "DATA", whole)
+    others = {"teacher": "train", "seeds": [0, 1], "seed": 0, "temperature": 4.0, "alpha": 0.9, "views": None, "sweep": False}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    undisturbed = distill.main(Namespace(**flags, **others, quick=True, show=False, device=CPU))
+    torch.set_num_threads(threads)
+    assert [row["accuracy"] for row in rows] == [row["accuracy"] for row in undisturbed] and len(rows) == 5
+    files = {folder: sorted(file.name for file in (folder / "students").iterdir()) for folder in (killed, whole)}
+    assert files[killed] == files[whole] and len(files[whole]) == 5
+    for name in files[whole]:
+        one, other = (torch.load(folder / "students" / name, weights_only=True)["network"] for folder in (killed, whole))
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_bad_input_is_said(check_refusals, tmp_path):
