@@ -2,7 +2,7 @@
 
 The channels that count least (shrink.py says how they are ranked) are first made silent. Then they are cut out of every tensor, and the
 smaller network must compute what the silent one does before it is fine-tuned and timed. The unpruned network gets the same
-fine-tuning. Widths stay multiples of UNIT, in which the kernels work: one channel less than that is not faster.
+fine-tuning. Widths stay multiples of UNIT.
 """
 
 import statistics
