@@ -1,6 +1,7 @@
 """What this machine is, and what this process may use of it: printed by cpu_layout.py, written beside every result."""
 
 import contextlib
+import ctypes
 import functools
 import json
 import math
@@ -22,6 +23,7 @@ PACKAGES = (  # named in results where installed
     *("torchao", "ptflops", "transformers", "datasets", "onnxruntime", "openvino", "nncf"),
 )
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # what mallopt(3) of glibc can set
 UNTOLD = (OSError, ValueError, LookupError, subprocess.SubprocessError)  # no such file or program, or not the text expected: not told
 
 
@@ -103,6 +105,17 @@ def shared_memory() -> int | None:
 def workers_within(memory: int, batch: int, prefetch: int) -> int:
     """How many workers' batches, `prefetch` ahead each, fit into `memory` beside the one in use; both in bytes."""
     return max(0, (memory // batch - 1) // prefetch)
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory of tensors that are freed for the next ones, and not give it back; only glibc can be told so.
+
+    Large blocks would be given back at once, and a page of 4 KB that is asked for anew costs a fault, in every step of a training.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_MAX, 0)  # no block apart from the others
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # ---- what this machine is made of ------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ All groups of processes are started first and wait; then each in turn measures a
 gets slower meanwhile gets slower for all of them. The global batch is the same for all: N processes do the same work as one.
 What the all-reduce costs is the time of a step less the time of the same step with no_sync(), measured alternately: only the part
 that is not hidden behind the backward pass counts. Beside it stands one all-reduce of as many bytes with nothing else to do.
+What it costs to share the machine, its memory and its caches, is the time of the step with no_sync() less that of the same step in one
+process of the group while the others wait.
 """
 
 import contextlib
@@ -48,8 +50,7 @@ def measure_on_demand(connection, args) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
 
     def step(number: int, synchronized: bool) -> float:
-        """Seconds of one whole step, data and optimizer included, on the slowest process."""
-        dist.barrier()
+        """Seconds of one whole step, data and optimizer included."""
         begin = time.perf_counter()
         [(images, labels)] = ddp_train.micro_batches(data, number, args)
         if synchronized:
@@ -61,16 +62,29 @@ def measure_on_demand(connection, args) -> None:
         optimizer.zero_grad()
         if args.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = torch.tensor(time.perf_counter() - begin, device=args.device)
+        return time.perf_counter() - begin
+
+    def slowest(number: int, synchronized: bool) -> float:
+        """Seconds of such a step on the slowest process."""
+        dist.barrier()
+        seconds = torch.tensor(step(number, synchronized), device=args.device)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds.item()
 
+    def alone(number: int) -> float:
+        """Seconds of such a step on the first process while the others wait; 0 on these."""
+        dist.barrier()
+        seconds = step(number, False) if dist.get_rank() == 0 else 0.0
+        dist.barrier()
+        return seconds
+
     for number in range(2):  # warm-up: DDP arranges its buckets in the first step, memory is asked for
-        step(number, True)
+        slowest(number, True)
     while connection.recv():
         sent["bytes"] = 0
-        whole, compute = zip(*[(step(number, True), step(number, False)) for number in range(STEPS)], strict=True)
-        row = {"step_s": statistics.median(whole), "compute_s": statistics.median(compute), "bytes": sent["bytes"] // STEPS}
+        times = [(slowest(number, True), slowest(number, False), alone(number)) for number in range(STEPS)]
+        row = dict(zip(("step_s", "compute_s", "alone_s"), map(statistics.median, zip(*times, strict=True)), strict=True))
+        row["bytes"] = sent["bytes"] // STEPS
         gradients = torch.zeros(row["bytes"] // 4, device=args.device)
         begin = time.perf_counter()
         for _ in range(STEPS):
@@ -144,7 +158,10 @@ def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int
     base, mine = runs[next(iter(runs))], runs[shape]
     speedups = [one["step_s"] / own["step_s"] for one, own in zip(base, mine, strict=True)]
     rates = [batch_size / run["step_s"] for run in mine]
-    shares = [1 - run["compute_s"] / run["step_s"] for run in mine] if shape[0] > 1 else [0.0]  # one process has nobody to wait for
+    parts = {"sharing": ("compute_s", "alone_s"), "allreduce": ("step_s", "compute_s")}  # the longer time, the shorter one
+    shares = {part: statistics.median((run[more] - run[less]) / run["step_s"] for run in mine) for part, (more, less) in parts.items()}
+    if shape[0] == 1:  # which has nobody to wait for
+        shares = dict.fromkeys(parts, 0.0)
     return {
         "processes": shape[0],
         "threads": shape[1],
@@ -152,10 +169,12 @@ def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int
         "images_per_s_sd": spread(rates),
         "speedup": statistics.median(speedups),
         "efficiency": statistics.median(speedups) / shape[0] if shape[1] == next(iter(runs))[1] else None,
+        "alone_ms": statistics.median(run["alone_s"] for run in mine) * 1e3,
         "compute_ms": statistics.median(run["compute_s"] for run in mine) * 1e3,
         "step_ms": statistics.median(run["step_s"] for run in mine) * 1e3,
         "allreduce_alone_ms": statistics.median(run["allreduce_s"] for run in mine) * 1e3,
-        "allreduce_share": max(0.0, statistics.median(shares)),
+        "sharing_share": max(0.0, shares["sharing"]),
+        "allreduce_share": max(0.0, shares["allreduce"]),
         "bytes_per_step": mine[0]["bytes"],
         "formula_bytes": parameters,
         "ring_bytes_each": ddp_bytes(shape[0], parameters),
@@ -171,6 +190,12 @@ def say(rows: list[dict], args) -> None:
         end="",
     )
     print(f"the all-reduce adds {best['allreduce_share']:.1%} to the step and is handed {best['bytes_per_step']:,} bytes, 4 a parameter")
+    if best["processes"] > 1:
+        ideal = rows[0]["step_ms"] / best["processes"]
+        print(
+            f"where the rest goes: {ideal:.0f} ms would be ideal; a process's part takes {best['alone_ms']:.0f} ms while the others wait, "
+            f"{best['compute_ms']:.0f} ms while all compute, {best['step_ms']:.0f} ms with the all-reduce"
+        )
     threaded = rows[-1]
     if threaded is not best and threaded["efficiency"] is None:
         ratios = [mine / theirs for mine, theirs in zip(best["runs_speedup"], threaded["runs_speedup"], strict=True)]
@@ -196,10 +221,15 @@ def plot(rows: list[dict]) -> plt.Figure:
     left.set(xlabel="processes", ylabel="speed-up over one process", xticks=counts, xlim=(0.7, counts[-1] + 0.3), ylim=(0, None))
     left.legend()
     names = [f"{row['processes']} x {row['threads']}" for row in rows]
-    compute = [row["step_ms"] * (1 - row["allreduce_share"]) for row in rows]
-    right.bar(names, compute, color="tab:blue", label="compute (data, forward, backward, optimizer)")
-    rest = [row["step_ms"] - own for row, own in zip(rows, compute, strict=True)]
-    right.bar(names, rest, bottom=compute, color="tab:red", label="all-reduce that is not hidden")
+    bottom = [0.0] * len(rows)
+    for label, colour, share_of in (
+        ("compute (data, forward, backward, optimizer), alone", "tab:blue", lambda row: 1 - row["sharing_share"] - row["allreduce_share"]),
+        ("more, as the others compute, too", "tab:orange", lambda row: row["sharing_share"]),
+        ("all-reduce that is not hidden", "tab:red", lambda row: row["allreduce_share"]),
+    ):
+        heights = [row["step_ms"] * share_of(row) for row in rows]
+        right.bar(names, heights, bottom=bottom, color=colour, label=label)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     right.set(xlabel="processes x threads", ylabel="ms a step", ylim=(0, max(row["step_ms"] for row in rows) * 1.25))
     right.legend(fontsize=8)
     figure.tight_layout(rect=(0, 0.04, 1, 1))

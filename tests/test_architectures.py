@@ -50,6 +50,19 @@ def test_a_counter_that_misses_attention_is_marked():
     assert architectures.describe("vit_b_16", model, weights, 224)["gmacs_published"] == 17.564
 
 
+def test_why_the_counters_differ_is_said():
+    model, weights = architectures.build("squeezenet1_1", False, CPU)  # without batch normalization, so its convolutions have biases
+    row = architectures.describe("squeezenet1_1", model, weights, 224)
+    assert row["note"] == "ptflops counts biases, too" and row["gmacs"] == row["gmacs_flop_counter"] == pytest.approx(0.349, abs=0.0005)
+    macs = {"ptflops": 2 * row["gmacs_ptflops"], "flop_counter": row["gmacs_flop_counter"]}
+    assert architectures.why_counters_differ(model, macs, 224) == "counters differ"  # by more than the biases: no reason is known
+
+
+def test_a_published_count_is_known_to_a_thousandth():
+    model, weights = architectures.build("shufflenet_v2_x0_5", False, CPU)  # 0.0405 GMACs, published as 0.04
+    assert architectures.describe("shufflenet_v2_x0_5", model, weights, 224)["note"] is None
+
+
 def test_the_front_and_the_advice():
     rows = [
         {"model": name, "latency_ms": ms, "accuracy_published": accuracy}

@@ -17,6 +17,7 @@ import torch
 from matplotlib.colors import to_hex
 
 import machine
+from common import ROOT
 from data.sample import IMAGES, people
 from m27_data_loading import cpu_layout
 from machine import Cache, Layout, cgroup_memory_left, cgroup_quota, cpu_numbers, read_layout
@@ -111,6 +112,36 @@ def test_available_memory_counts_the_limit_of_a_container(monkeypatch, left, exp
     monkeypatch.setattr(machine, "cgroup_memory_left", lambda: left)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * GB))
     assert machine.available_memory() == expected
+
+
+COUNT_FAULTS = """
+import resource, torch, machine
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.zeros(40_000_000, dtype=torch.uint8).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+machine.keep_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(machine.platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_kept_memory_costs_no_page_faults():
+    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    given_back, kept = map(int, done.stdout.split())
+    assert given_back > 4 * 40_000_000 / 2**21 and kept < given_back / 10  # even where a page is a huge one of 2 MB
+
+
+def test_where_there_is_no_glibc_nothing_is_told(monkeypatch):
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: pytest.fail("no library is to be asked"))
+    machine.keep_memory()
 
 
 # ---- what this machine is made of ------------------------------------------------------------------------------------
