@@ -63,6 +63,14 @@ def test_scales_are_as_fine_as_small_activations_need():
         assert relative(int8.quantize_network(tiny, batches())(batches()[0]), tiny(batches()[0])) < 0.05
 
 
+def test_a_mobilenet_is_off_by_a_twentieth_at_most():
+    args = SimpleNamespace(model="mobilenet_v3_large", quick=True, calibration=32, pretrained=False, seed=0)
+    network, calibration, _ = load_network(args)  # random weights: its activations become smaller from layer to layer
+    images = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert 0 < relative(int8.quantize_network(network, calibration)(images), network(images)) <= 0.05
+
+
 def test_a_normalization_that_is_not_behind_a_convolution_stays_what_it_was():
     torch.manual_seed(0)
     alone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.Flatten(), nn.BatchNorm1d(8 * 15 * 15)).eval()
@@ -316,6 +324,18 @@ def test_the_verdict_follows_from_the_rounds(capsys):
     quantize_report.say([row("eager", 8, 8, 8), row("compiled bfloat16", 1, 1, 1), ours, row("int8, OpenVINO", 1, 1, 1)])
     said = capsys.readouterr().out
     assert "int8 is\n" in said and "0.50x int8, OpenVINO" in said and "it does not pay here: take compiled bfloat16" in said
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_what_the_processor_lacks_is_said_and_left_out(network, graph, monkeypatch, capsys, capable):
+    for module in (quantize_model, training):
+        monkeypatch.setattr(module, "cpu_has", lambda feature: capable)
+    monkeypatch.setattr(quantize_model, "has_compiler", lambda: True)
+    say_what_is_missing()
+    printed = capsys.readouterr().out
+    assert ("no instructions for sums of int8 products (VNNI)" in printed) is not capable
+    assert ("compiled bfloat16 is left out: this processor has no instructions for it" in printed) is not capable
+    assert ("compiled bfloat16" in find_variants(network, graph, quick=False)) is capable
 
 
 @pytest.mark.parametrize(("images", "said"), [(8, "8 images to calibrate with are few"), (64, "")])
