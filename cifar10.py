@@ -237,14 +237,15 @@ class Stage(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Three stages, the mean over the image, a linear layer: images (n, 3, 32, 32) -> logits (n, classes).
+    """Three stages, the mean over the image, a linear layer: images (n, inputs, height, width) -> logits (n, classes).
 
     norm="group" treats every image by itself, so that a batch may be cut among processes; norm="batch" does not.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128), norm: str = "batch", classes: int = 10) -> None:
+    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128), norm: str = "batch", classes: int = 10, inputs: int = 3) -> None:
         super().__init__()
-        self.stages = nn.Sequential(*(Stage(inputs, width, norm) for inputs, width in zip((3, *widths[:-1]), widths, strict=True)))
+        before = (inputs, *widths[:-1])
+        self.stages = nn.Sequential(*(Stage(channels, width, norm) for channels, width in zip(before, widths, strict=True)))
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ PACKAGES = (  # named in results where installed
     *("torchao", "ptflops", "transformers", "datasets", "onnxruntime", "openvino", "nncf"),
 )
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # what mallopt(3) of glibc can set
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # what mallopt(3) of glibc can set
 UNTOLD = (OSError, ValueError, LookupError, subprocess.SubprocessError)  # no such file or program, or not the text expected: not told
 
 
@@ -107,15 +107,21 @@ def workers_within(memory: int, batch: int, prefetch: int) -> int:
     return max(0, (memory // batch - 1) // prefetch)
 
 
-def keep_memory() -> None:
-    """Let this process keep the memory of tensors that are freed for the next ones, and not give it back; only glibc can be told so.
+@functools.cache
+def glibc() -> ctypes.CDLL | None:
+    """The C library of most Linux systems; None on others."""
+    return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
 
-    Large blocks would be given back at once, and a page of 4 KB that is asked for anew costs a fault, in every step of a training.
+
+def keep_memory(keep: bool = True) -> None:
+    """Let this process keep the memory of tensors that are freed for the next ones, or give large ones back; only glibc can be told so.
+
+    Memory that was given back costs a fault for each page of 4 KB when it is asked for anew, in every step of a training.
     """
-    if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_MAX, 0)  # no block apart from the others
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if library := glibc():
+        library.mallopt(M_MMAP_MAX, 0 if keep else 65536)  # how many blocks may lie apart from the others, to be given back each by itself
+        library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # from which size on; the most that glibc comes to by itself
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 64 * 2**20)  # how much may be free at the end of the others
 
 
 # ---- what this machine is made of ------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ All groups of processes are started first and wait; then each in turn measures a
 gets slower meanwhile gets slower for all of them. The global batch is the same for all: N processes do the same work as one.
 What the all-reduce costs is the time of a step less the time of the same step with no_sync(), measured alternately: only the part
 that is not hidden behind the backward pass counts. Beside it stands one all-reduce of as many bytes with nothing else to do.
-What it costs to share the machine, its memory and its caches, is the time of the step with no_sync() less that of the same step in one
-process of the group while the others wait.
+What it costs to share the machine, its memory and its caches, and to wait for the slowest process, is the time of the step with no_sync()
+less that of the same step in one process of the group while the others wait.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from m28_distributed_training.launch import run_rank
 from m28_distributed_training.traffic import ddp_bytes, parameter_bytes
 from machine import usable_cpus
 
-ROUNDS, STEPS = 7, 3  # rounds over all groups; pairs of steps a group measures in one round
+ROUNDS, STEPS = 7, 3  # rounds over all groups; steps of each kind a group measures in one round
 
 
 # ---- one process of a group ------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def say(rows: list[dict], args) -> None:
 
 
 def plot(rows: list[dict]) -> plt.Figure:
-    """Speed-up over processes beside the ideal line, every round a dot; and a step's time, split into compute and all-reduce."""
+    """Speed-up over processes beside the ideal line, every round a dot; and a step's time in three parts."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5))
     scaled, threaded = [row for row in rows if row["efficiency"]], [row for row in rows if not row["efficiency"]]
     counts = [row["processes"] for row in scaled]
@@ -224,7 +224,7 @@ def plot(rows: list[dict]) -> plt.Figure:
     bottom = [0.0] * len(rows)
     for label, colour, share_of in (
         ("compute (data, forward, backward, optimizer), alone", "tab:blue", lambda row: 1 - row["sharing_share"] - row["allreduce_share"]),
-        ("more, as the others compute, too", "tab:orange", lambda row: row["sharing_share"]),
+        ("extra while the others compute, too", "tab:orange", lambda row: row["sharing_share"]),
         ("all-reduce that is not hidden", "tab:red", lambda row: row["allreduce_share"]),
     ):
         heights = [row["step_ms"] * share_of(row) for row in rows]

@@ -94,13 +94,13 @@ def why_counters_differ(model: nn.Module, macs: dict[str, float], resolution: in
 
 
 def describe(name: str, model: nn.Module, weights, resolution: int) -> dict:
-    """Size, MACs by both counters, and what is published, with a mark where the numbers disagree by more than half a percent."""
+    """Size, MACs by both counters, and what is published, with a mark where the numbers disagree, and why."""
     macs = count_macs(model, resolution)
     published = weights.meta["_ops"] if resolution == published_resolution(weights) else None
     marks = []
     if abs(macs["ptflops"] / macs["flop_counter"] - 1) > TOLERANCE:
         marks.append(why_counters_differ(model, macs, resolution))
-    gmacs = macs["flop_counter"] if marks else macs["ptflops"]  # the one without the fault just named
+    gmacs = macs["flop_counter"] if marks else macs["ptflops"]  # the latter has neither fault
     if published and abs(gmacs - published) > max(TOLERANCE * published, ROUNDED):
         marks.append("not the published count")
     content = io.BytesIO()

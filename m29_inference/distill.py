@@ -17,6 +17,7 @@ all train: up to the plateau of its loss at the full learning rate, and as many 
 """
 
 import argparse
+import inspect
 import itertools
 import math
 import os
@@ -29,12 +30,12 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import SAMPLE_NAME, ConvNet, Images, load_cifar10, normalize, stratified
+from cifar10 import SAMPLE_NAME, Images, load_cifar10, normalize, stratified
 from common import InputError, new_parser, parse, positive_int, print_table, save_figure, save_results, share
 from common import seed as seed_number
-from m29_inference.distill_report import ALONE, DISTILLED, costs, plot_curves, plot_knowledge, plot_sweep, say
-from m29_inference.student import EPOCHS, quick_part
-from m29_inference.student import WIDTHS as NETWORK_WIDTHS
+from m29_inference.distill_report import ALONE, DISTILLED, costs, plot_curves, plot_knowledge, plot_sweep, say, say_cost
+from m29_inference.network import new_network
+from m29_inference.student import EPOCHS, WIDTHS, quick_part, training_step
 from m29_inference.teacher import (
     UNCHANGED,
     Teacher,
@@ -47,8 +48,8 @@ from m29_inference.teacher import (
 )
 from m29_inference.training import BATCH, hard_loss, train, training_file
 
-WIDTHS = (16, 32, 64)  # of the student: 73,000 parameters
-TEACHER_WIDTHS = (64, 128, 384)  # two million; on the drawn sample the network that the other exercises use will do
+TEACHER_WIDTHS = (64, 128, 384)  # two million parameters; the student is the network that the other exercises use, with 295,000
+SMALL_WIDTHS = (16, 32, 64)  # 76,000: the student on the drawn sample, where that network is the teacher
 SAMPLE_EPOCHS = 4  # of the students on the drawn sample, which is learnt soon
 TEMPERATURES, ALPHAS = (1.0, 2.0, 4.0, 8.0), (0.5, 0.9)  # of the sweep
 GATE = 500  # test images on which a teacher is measured before anything is computed with it
@@ -76,6 +77,9 @@ def mixed_loss(logits, labels, indices, epoch, views: dict[int, torch.Tensor], a
     return args.alpha * distillation_loss(logits, teacher, args.temperature) + (1 - args.alpha) * hard
 
 
+LOSS_CODE = [inspect.getsource(part) for part in (distillation_loss, mixed_loss)]  # other losses, other trainings
+
+
 # ---- teacher and students --------------------------------------------------------------------------------------------
 
 
@@ -86,7 +90,7 @@ def find_teacher(args, data: dict[str, Images], real: bool, pretrained) -> Teach
     elif real:
         teacher = own_teacher(data, TEACHER_WIDTHS, args.teacher_epochs, args.seed, args.device)
     else:
-        teacher = own_teacher(data, NETWORK_WIDTHS, args.teacher_epochs or (4 if args.quick else EPOCHS), args.seed, args.device)
+        teacher = own_teacher(data, WIDTHS, args.teacher_epochs or (4 if args.quick else EPOCHS), args.seed, args.device)
     some = data["test"][:GATE]
     parts = tqdm(some.images.split(teacher.batch), "measuring the teacher", unit="batch", leave=False)
     reached = (torch.cat([teacher.logits(part) for part in parts]).argmax(1) == some.labels).double().mean().item()
@@ -104,11 +108,10 @@ def train_student(
 ) -> tuple[nn.Module, list[dict]]:
     """A student from the first weights of `seed`, distilled where there are views, else alone; the network and a row an epoch."""
     print(f"student {f'distilled at T = {args.temperature:g}, alpha = {args.alpha:g}' if views else 'alone'}, seed {seed}", flush=True)
-    torch.manual_seed(seed)
-    network = ConvNet(WIDTHS, "batch")
+    network = new_network(args.widths, data["train"], seed)
     loss_of = partial(mixed_loss, views=views, args=args) if views else hard_loss
-    losses, setting = ((mixed_loss, distillation_loss), (key, args.temperature, args.alpha)) if views else ((), "alone")
-    file = training_file(data, args.device, (hard_loss, *losses), WIDTHS, epochs, seed, setting)
+    setting = (LOSS_CODE, key, args.temperature, args.alpha) if views else "alone"
+    file = training_file(data, args.device, tuple(args.widths), epochs, seed, setting)
     rows = train(network, data["train"], epochs, seed, args.device, loss_of=loss_of, views=0, test=data["test"], file=file)
     return network, rows
 
@@ -146,6 +149,8 @@ def compare(args, data: dict[str, Images], teacher: Teacher, epochs: int | None)
             last = {key: rows[-1][key] for key in ("accuracy", "train_s")}
             table.append({"model": model, "seed": seed, "epochs": epochs, **last, **cost[ALONE]})
     say(table, curves)
+    losses = {ALONE: hard_loss, DISTILLED: partial(mixed_loss, views=views, args=args)}
+    say_cost({model: training_step(args.widths, data["train"], args.device, loss_of=loss) for model, loss in losses.items()}, args.device)
     note = f"{len(args.seeds)} seeds, {len(data['train']):,} images of {data['train'].name}"
     save_figure(plot_curves(curves, table[0]["accuracy"]), __file__, "curves", args, note)
     some = answers[: 5 * GATE]
@@ -177,8 +182,11 @@ def main(args) -> list[dict]:
     data = quick_part(data) if args.quick else data
     if args.limit:
         data["train"] = stratified(data["train"], args.limit)
+    if len(data["train"]) < BATCH:
+        raise InputError(f"-limit {args.limit} is too small: a step of training takes {BATCH} images")
     real = data["train"].name != SAMPLE_NAME and not args.quick
     epochs = args.epochs or (None if real else 2 if args.quick else SAMPLE_EPOCHS)
+    args.widths = args.widths or (WIDTHS if real else SMALL_WIDTHS)
     teacher = find_teacher(args, data, real, pretrained)
     if "RANK" in os.environ:
         rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
@@ -205,6 +213,9 @@ if __name__ == "__main__":
     )
     flag("-min_teacher_accuracy", type=share, default=0.6, help="refuse a teacher below (default: 0.6)")
     flag("-seeds", type=seed_number, nargs="+", default=[0, 1], help="of the students, at least two (default: 0 1)")
+    wide, small = (" ".join(map(str, widths)) for widths in (WIDTHS, SMALL_WIDTHS))
+    said = f"channels of the students (default: {wide}; {small} on the drawn sample and with -quick)"
+    flag("-widths", type=positive_int, nargs=3, metavar="N", help=said)
     flag("-epochs", type=positive_int, help=f"of the students (default: to convergence; {SAMPLE_EPOCHS} on the drawn sample)")
     flag("-teacher_epochs", type=positive_int, help="of our own teacher (default: likewise)")
     flag("-temperature", type=above_zero, default=4.0, help="divides the logits of both (default: 4)")

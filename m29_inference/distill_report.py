@@ -1,6 +1,5 @@
 """What distill.py says of its networks: what they cost, the table, the verdict and the pictures."""
 
-import itertools
 import statistics
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from m29_inference.sparse_files import save_sparse
 
 ALONE, DISTILLED = "student", "student + KD"
 COLOURS = {ALONE: "tab:grey", DISTILLED: "tab:blue"}
+STEP_ROUNDS = 9
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 95 % two-sided, 1 to 9 degrees of freedom
 
 
@@ -60,14 +60,14 @@ def say(table: list[dict], curves: dict[str, list]) -> None:
     mean, half = gain([distilled[-1]["accuracy"] - alone[-1]["accuracy"] for distilled, alone in pairs])
     verdict = "better" if mean > half else "worse" if mean < -half else "cannot tell"
     print(f"distillation: {mean * 100:+.2f} points, 95 % interval {(mean - half) * 100:+.2f} to {(mean + half) * 100:+.2f}: {verdict}")
-    ratios = [own / other for distilled, alone in pairs for own, other in zip(seconds_of(distilled), seconds_of(alone), strict=True)]
-    print(f"an epoch of it takes {statistics.median(ratios):.2f} of a plain one's time ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def seconds_of(rows: list[dict]) -> list[float]:
-    """Seconds of each epoch."""
-    ends = [0.0, *(row["train_s"] for row in rows)]
-    return [after - before for before, after in itertools.pairwise(ends)]
+def say_cost(steps: dict, device: torch.device) -> None:
+    """How long a distilled step of training takes, as a share of a plain one, both measured in turn."""
+    timings = measure_alternately(steps, device, STEP_ROUNDS)
+    ratios = [own / other for own, other in zip(timings[DISTILLED].runs_ms, timings[ALONE].runs_ms, strict=True)]
+    median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+    print(f"a distilled step takes {median:.2f} times as long as a plain one ({low:.2f} to {high:.2f} in {STEP_ROUNDS} rounds in turn)")
 
 
 def plot_curves(curves: dict[str, list], teacher: float) -> plt.Figure:
@@ -113,7 +113,8 @@ def plot_knowledge(data: Images, logits: torch.Tensor, temperature: float) -> pl
 
 def tell_similar(similar: torch.Tensor, classes: tuple[str, ...]) -> None:
     """Print the three pairs of classes that are most like each other to the teacher."""
-    pairs = [(similar[a, b].item(), f"{classes[a]} is a bit of a {classes[b]}") for a in range(len(classes)) for b in range(len(classes))]
+    named = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in classes]
+    pairs = [(similar[a, b].item(), f"{classes[a]} is a bit of {named[b]}") for a in range(len(classes)) for b in range(len(classes))]
     print("to the teacher " + ", ".join(f"{text} ({chance:.1%})" for chance, text in sorted(pairs, reverse=True)[:3]))
 
 

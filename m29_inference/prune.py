@@ -46,8 +46,9 @@ class LeNet(nn.Module):
 
 
 def prunable(network: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers that have a weight to prune, by name: convolutions and linear layers."""
-    return [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    """The layers that have a weight to prune, by name: convolutions and linear layers, without those that are never trained."""
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [(name, module) for name, module in layers if any(value.requires_grad for value in module.parameters())]
 
 
 def sparsity(module: nn.Module, name: str = "weight") -> float:

@@ -131,7 +131,8 @@ def measure(args) -> list[dict]:
     for kind in FORMATS[1:]:
         even = break_even(files, kind)
         print(f"{kind}: smaller than the dense file {'never' if even is None else f'from {even:.0%} zeros on'}; read again bit for bit")
-    save_figure(plot_sizes(files), exercise.__file__, "formats", args, "the student of 288,746 parameters")
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    save_figure(plot_sizes(files), exercise.__file__, "formats", args, f"the student of {parameters:,} parameters")
     times = time_convolutions(network, data)
     try:
         linear = time_linear(torch.Generator().manual_seed(args.seed), sparsities[-len(sparsities) // 2 :])

@@ -26,7 +26,7 @@ from m29_inference.student import copy_of, student_and_data
 from m29_inference.training import accuracy
 
 UNIT = 16  # channels: as many float32 numbers as the widest vector registers hold
-SHARES = (0.75, 0.5, 0.25)  # of the multiplications
+SHARES = (0.5, 0.35)  # of the multiplications
 BATCHES = (1, 128)
 
 
@@ -88,7 +88,7 @@ def measure(args) -> list[dict]:
     network, data = student_and_data(args)
     layers = sensitivity(network, data)
     full_macs = count_macs(network, 32)["ptflops"]
-    smaller = {1.0: copy_of(network)} | {share: cut_to(network, share) for share in (SHARES[1:2] if args.quick else SHARES)}
+    smaller = {1.0: copy_of(network)} | {share: cut_to(network, share) for share in (SHARES[:1] if args.quick else SHARES)}
     rows = []
     for net in tqdm(smaller.values(), "fine-tuning"):
         widths = " ".join(str(link.width) for link in links(net))

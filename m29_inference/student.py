@@ -4,8 +4,9 @@
     python m29_inference/student.py -epochs 8              for eight epochs, as the scripts do that convert and prune it
     python m29_inference/student.py -widths 64 128 384     a network of two million parameters, the teacher of distill.py
 
-Convolutions compute in bfloat16 where the processor has instructions for it, and in the layout channels_last: together some three times
-as fast as plain float32. After every epoch the training is kept, and goes on from there when it is started again.
+Convolutions compute in bfloat16 where the processor has instructions for it and in the layout channels_last, and the memory of one step
+is kept for the next: the last lines say what that is worth against plain float32. After every epoch the training is kept, and goes on
+from there when it is started again.
 """
 
 import argparse
@@ -18,9 +19,11 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import ConvNet, Images, augment, load_cifar10, normalize
+from cifar10 import Images, augment, load_cifar10, normalize
 from common import measure_alternately, new_parser, parse, positive_int, print_table, save_figure, save_results
+from m29_inference.network import WhitenedNet, new_network
 from m29_inference.training import BATCH, CPU, fast_format, hard_loss, train, training_file
+from machine import keep_memory
 
 WIDTHS, EPOCHS = (32, 64, 128), 8
 
@@ -30,16 +33,15 @@ WIDTHS, EPOCHS = (32, 64, 128), 8
 
 def trained_student(data: dict[str, Images], epochs: int | None, seed: int, device: torch.device, widths=WIDTHS):
     """The network trained for so many epochs (None: to convergence), in eval mode, and a row an epoch; trained once, then kept."""
-    file = training_file(data, device, (hard_loss,), tuple(widths), epochs, seed)
-    torch.manual_seed(seed)
-    network = ConvNet(widths, "batch")
+    file = training_file(data, device, tuple(widths), epochs, seed)
+    network = new_network(widths, data["train"], seed)
     rows = train(network, data["train"], epochs, seed, device, test=data["test"], file=file)
     return network.eval(), rows
 
 
 def copy_of(network: nn.Module) -> nn.Module:
-    """Another student with the same numbers, in eval mode; deepcopy would fail on a network that was pruned."""
-    copied = ConvNet(WIDTHS, "batch").eval()
+    """Another student with the same numbers, in eval mode; from a network without masks."""
+    copied = WhitenedNet(WIDTHS).eval()
     copied.load_state_dict(network.state_dict())
     return copied
 
@@ -73,22 +75,25 @@ def student_and_data(args) -> tuple[nn.Module, dict[str, Images]]:
     return network.to(memory_format=torch.contiguous_format), data
 
 
-# ---- the curve, and what bfloat16 and channels_last are worth --------------------------------------------------------
+# ---- the curve, and what the fast format is worth --------------------------------------------------------------------
 
 
-def training_step(widths, data: Images, device: torch.device, fast: bool):
-    """A function that makes one step of training on the same 256 images and returns the loss, in the fast format or in plain float32."""
-    torch.manual_seed(0)
+def training_step(widths, data: Images, device: torch.device, fast: bool = True, loss_of=hard_loss):
+    """A function that makes one step of training on the same 256 images and returns the loss.
+
+    `fast`: in bfloat16 where the device computes with it, channels_last, memory kept; otherwise plain float32, as PyTorch does it unasked.
+    """
     layout = torch.channels_last if fast else torch.contiguous_format
-    network = ConvNet(widths, "batch").to(device, memory_format=layout).train()
+    network = new_network(widths, data, 0).to(device, memory_format=layout).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, nesterov=True, weight_decay=5e-4)
     indices = torch.arange(BATCH)
 
     def step() -> float:
+        keep_memory(fast)
         images = normalize(augment(data.images[indices], indices, 0, 0, len(data)).to(device))
         with torch.autocast(**fast_format(device) | ({} if fast else {"enabled": False})):
             logits = network(images.contiguous(memory_format=layout))
-        loss = hard_loss(logits.float(), data.labels[indices].to(device), indices, 0)
+        loss = loss_of(logits.float(), data.labels[indices].to(device), indices, 0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -20,7 +20,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, Images, Stage, augment, epoch_order, normalize
 from common import DATA, InputError, atomic_path, display_path
-from machine import cpu_has
+from m29_inference import network as networks
+from machine import cpu_has, keep_memory
 
 CPU = torch.device("cpu")
 BATCH, LEARNING_RATE = 256, 0.2
@@ -46,8 +47,8 @@ def cuda_has_bfloat16() -> bool:
 
 
 def hard_loss(logits: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, epoch: int) -> torch.Tensor:
-    """Cross-entropy with the true labels, a tenth of each spread over all classes; logits (n, classes) -> a scalar."""
-    return nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    """Cross-entropy with the true labels; logits (n, classes) -> a scalar."""
+    return nn.functional.cross_entropy(logits, labels)
 
 
 def rate(progress: float, epochs: int | None) -> float:
@@ -73,6 +74,7 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
     seed gives the same network on the same machine, also when the training was killed and goes on from `file`. `views` is the
     augmentation's seed, where it shall be another than the order's. InputError when the loss is no finite number any more.
     """
+    keep_memory()
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     rows = restore(file, network, optimizer, device)
@@ -103,6 +105,7 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
         bar.set_postfix(loss=f"{row['loss']:.3f}")
         keep(file, network, optimizer, rows)
     bar.close()
+    keep_memory(False)  # what is measured next shall be PyTorch as it is
     network.eval()
     return rows
 
@@ -110,11 +113,14 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def training_file(data: dict[str, Images], device: torch.device, losses: tuple, *key) -> Path:
-    """Where a training on these images with these loss functions and other properties is kept."""
-    recipe = [inspect.getsource(part) for part in (train, rate, converged_at, ConvNet, Stage, augment, epoch_order, normalize, *losses)]
+PARTS = (train, rate, converged_at, hard_loss, networks, ConvNet, Stage, augment, epoch_order, normalize)
+RECIPE = [inspect.getsource(part) for part in PARTS]  # read now, for the files may be edited while a training runs
+
+
+def training_file(data: dict[str, Images], device: torch.device, *key) -> Path:
+    """Where a training on these images, with what else there is to say of it in `key`, is kept."""
     constants = (BATCH, LEARNING_RATE, PLATEAU, MOST_EPOCHS, fast_format(device))
-    digest = hashlib.sha256(repr((recipe, constants, key)).encode())
+    digest = hashlib.sha256(repr((RECIPE, constants, key)).encode())
     for part in data.values():
         digest.update(part.images.numpy())
         digest.update(part.labels.numpy())

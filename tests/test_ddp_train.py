@@ -27,7 +27,7 @@ from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
 
 from cifar10 import ConvNet, Images, normalize
 from common import InputError, parse
-from m28_distributed_training import checkpoint, ddp_train, fsdp_train, launch, training_flags
+from m28_distributed_training import checkpoint, ddp_benchmark, ddp_train, fsdp_train, launch, training_flags
 
 SCRIPT = "m28_distributed_training/ddp_train.py"
 SMALL = [*FLAGS[2:], "-steps"]  # the stress command's network, so that its trials and these tests share one undisturbed run
@@ -170,10 +170,20 @@ def test_the_benchmark_measures_processes_against_threads(run_script, tmp_path):
     assert [(row["processes"], row["threads"]) for row in rows] == [(1, 1), (2, 1), (1, 2)]
     assert all({"processes", "images_per_s", "efficiency", "allreduce_share", "bytes_per_step"} <= set(row) for row in rows)
     assert all(row["bytes_per_step"] == row["formula_bytes"] == 4 * 18_626 for row in rows)
-    assert all(row["images_per_s"] > 0 and 0 <= row["allreduce_share"] < 1 for row in rows)
+    assert all(row["images_per_s"] > 0 and 0 <= row["allreduce_share"] < 1 and 0 <= row["sharing_share"] < 1 for row in rows)
+    assert "a process's part takes" in done.stdout and all(row["alone_ms"] > 0 for row in rows)
     assert rows[0]["efficiency"] == 1 and rows[1]["efficiency"] == rows[1]["speedup"] / 2
     assert re.search(r"2 processes of 1 threads against one of 2 threads: .*(faster|slower|cannot tell)", done.stdout)
     assert Image.open(tmp_path / "ddp_train_speedup.png").size[0] > 1000
+
+
+def test_a_step_is_split_into_its_parts():
+    times = {"step_s": 1.0, "compute_s": 0.9, "alone_s": 0.7, "allreduce_s": 0.2, "bytes": 8}
+    runs = {(1, 1): [times | {"step_s": 1.6}], (2, 1): [times]}
+    one, two = (ddp_benchmark.summary(shape, runs, 256, 8) for shape in runs)
+    assert (two["speedup"], two["efficiency"], two["alone_ms"], two["compute_ms"], two["step_ms"]) == (1.6, 0.8, 700, 900, 1000)
+    assert two["sharing_share"] == pytest.approx(0.2) and two["allreduce_share"] == pytest.approx(0.1)
+    assert one["sharing_share"] == one["allreduce_share"] == 0  # nobody to share with or to wait for
 
 
 # ---- stopped, killed, gone on ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,13 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import ConvNet, Images, stratified
+from cifar10 import ConvNet, Images, normalize, stratified
 from common import DATA, ROOT, InputError
 from data.sample import SAMPLE_CLASSES, cifar10_sample
 from m29_inference import distill, training
 from m29_inference import teacher as teachers
 from m29_inference.distill import distillation_loss, mixed_loss
 from m29_inference.distill_report import gain
+from m29_inference.network import new_network, whitening_filters
 from m29_inference.teacher import UNCHANGED, Teacher, cached_logits, match_classes
 from m29_inference.training import CPU, MOST_EPOCHS, PLATEAU, converged_at, hard_loss, rate, train, training_file
 
@@ -96,6 +98,22 @@ def test_a_gain_has_the_interval_of_students_t():
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def test_the_stem_whitens_and_is_not_trained():
+    data = noise(256)
+    data.images[:, 1:] = data.images[:, :1] // 2 + data.images[:, 1:] // 2  # colours that are alike
+    filters = whitening_filters(data.images)
+    seen = nn.functional.conv2d(normalize(data.images), filters)  # (n, 24, 31, 31)
+    seen = seen.transpose(0, 1).flatten(1)
+    assert torch.allclose(seen[:12] @ seen[:12].T / seen.shape[1], torch.eye(12), atol=0.01) and torch.equal(seen[:12], -seen[12:])
+    network = new_network((8, 8, 8), data, seed=0)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    assert torch.equal(before["stem.weight"], filters)
+    train(network, data, 1, 0, CPU)
+    assert [name for name, value in network.named_parameters() if torch.equal(value, before[name])] == ["stem.weight"]
+    again = new_network((8, 8, 8), data, seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in again.named_parameters())
+
+
 def test_the_plateau_ends_the_full_rate_and_as_many_epochs_follow():
     falling = [{"loss": 2 * 0.9**epoch} for epoch in range(6)]
     assert converged_at(falling) is None
@@ -157,22 +175,21 @@ def test_a_full_disk_costs_the_kept_file_and_not_the_training(tmp_path, monkeypa
 
 def test_another_recipe_is_another_training(monkeypatch):
     """Images, loss, device, number format and constants: whatever changes one of them trains anew."""
-
-    def other_loss(logits, labels, indices, epoch):
-        return 2 * hard_loss(logits, labels, indices, epoch)
-
     data, changed = {"train": noise(20), "test": noise(10)}, {"train": noise(20), "test": noise(11)}
     files = [
-        training_file(data, CPU, (hard_loss,), 1),
-        training_file(data, CPU, (hard_loss,), 2),
-        training_file(changed, CPU, (hard_loss,), 1),
+        training_file(data, CPU, 1),
+        training_file(data, CPU, 2),
+        training_file(changed, CPU, 1),
     ]
-    files += [training_file(data, CPU, (other_loss,), 1), training_file(data, CPU, (hard_loss, distillation_loss), 1)]
-    files.append(training_file(data, torch.device("mps"), (hard_loss,), 1))
+    files.append(training_file(data, CPU, 1, distill.LOSS_CODE))
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "RECIPE", [*training.RECIPE[:-1], "another normalize()"])
+        files.append(training_file(data, CPU, 1))
+    files.append(training_file(data, torch.device("mps"), 1))
     monkeypatch.setattr(training, "PLATEAU", 0.5)
-    files.append(training_file(data, CPU, (hard_loss,), 1))
+    files.append(training_file(data, CPU, 1))
     monkeypatch.undo()
-    assert len(set(files)) == len(files) and training_file(data, CPU, (hard_loss,), 1) == files[0]
+    assert len(set(files)) == len(files) and training_file(data, CPU, 1) == files[0]
 
 
 def test_a_gpu_without_bfloat16_of_its_own_computes_in_float32(monkeypatch):
@@ -242,6 +259,19 @@ def counted(monkeypatch, tmp_path):
         return teacher
 
     return build
+
+
+def test_our_own_teacher_looks_in_both_directions(monkeypatch):
+    torch.manual_seed(0)
+    network = ConvNet((8, 8, 8), "batch").eval()
+    network.head.weight.data *= 1000  # noise looks much the same from both sides
+    monkeypatch.setattr(teachers, "trained_student", lambda *_: (network, []))
+    teacher, images = teachers.own_teacher({}, (8, 8, 8), 1, 0, CPU), noise(8).images
+    one_way = Teacher("one way", network, teacher.prepare, CPU)
+    both = (one_way.logits(images) + one_way.logits(images.flip(3))) / 2
+    assert torch.allclose(teacher.logits(images), both, rtol=0.02) and torch.equal(teacher.logits(images), teacher.logits(images.flip(3)))
+    assert not torch.allclose(both, one_way.logits(images), rtol=0.02)
+    assert teacher.fingerprint() != one_way.fingerprint()  # the same numbers, other logits
 
 
 def test_logits_are_computed_once_and_a_damaged_or_missing_chunk_again(counted, tmp_path):
@@ -391,7 +421,7 @@ def test_the_run_with_it_and_its_refusal(run_script, results, tiny_vit, tmp_path
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert kept and kept == {file: file.stat().st_mtime_ns for file in DATA.glob("teacher_logits/*/*.npz")}
     rows = json.loads((results / "distill.json").read_text())["rows"]
-    assert rows[0]["model"] == "teacher" and rows[0]["parameters"] != rows[1]["parameters"] == 72_954
+    assert rows[0]["model"] == "teacher" and rows[0]["parameters"] != rows[1]["parameters"] == 76_266
 
 
 def test_the_run_of_a_learner(run_script, results):
@@ -403,7 +433,8 @@ def test_the_run_of_a_learner(run_script, results):
         *[(m, s) for m in ("student", "student + KD") for s in (0, 1)],
     ]
     assert {"model", "seed", "epochs", "accuracy", "parameters", "gmacs", "latency_ms", "size_mb", "train_s"} == set(rows[1])
-    assert "95 % interval" in done.stdout and "of a plain one's time" in done.stdout and "is a bit of a" in done.stdout
+    assert "95 % interval" in done.stdout and "is a bit of a" in done.stdout
+    assert re.search(r"a distilled step takes \d\.\d+ times as long as a plain one", done.stdout)
     assert all((results / f"distill_{name}.png").exists() for name in ("curves", "knowledge"))
     swept = run_script(SCRIPT, "-quick", "-sweep", "-epochs", "1")
     assert swept.returncode == 0, swept.stderr
@@ -429,6 +460,7 @@ def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(st
     monkeypatch.setattr(training, "DATA", whole)
     monkeypatch.setattr(teachers, "DATA", whole)
     others = {"teacher": "train", "seeds": [0, 1], "seed": 0, "temperature": 4.0, "alpha": 0.9, "views": None, "sweep": False}
+    others["widths"] = None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     undisturbed = distill.main(Namespace(**flags, **others, quick=True, show=False, device=CPU))
@@ -451,6 +483,7 @@ def test_bad_input_is_said(check_refusals, tmp_path):
         ("-teacher", str(tmp_path / "empty")): (1, "no image classifier in this folder"),
         ("-teacher", "nobody/nothing"): (1, "no such folder, and the Hugging Face hub cannot be reached"),
         ("-limit", "20000"): (1, "there are only 10,000 training images"),
+        ("-quick", "-limit", "100"): (1, "-limit 100 is too small: a step of training takes 256 images"),
     }
     nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
     check_refusals(SCRIPT, cases, **nowhere)

@@ -12,6 +12,7 @@ from cifar10 import ConvNet, Images
 from common import InputError
 from m29_inference import prune as exercise
 from m29_inference import prune_accuracy, prune_formats
+from m29_inference.network import WhitenedNet
 from m29_inference.prune import LeNet, make_permanent, prunable, remove_masks, sparsity, sparsity_by_layer
 from m29_inference.prune_accuracy import prune_all
 from m29_inference.prune_formats import break_even
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 def network() -> nn.Module:
     """The student with random weights and normalizations that are no identity."""
     torch.manual_seed(0)
-    return unlike_identity(ConvNet(WIDTHS, "batch")).eval()
+    return unlike_identity(WhitenedNet(WIDTHS)).eval()
 
 
 def unlike_identity(network: nn.Module) -> nn.Module:
@@ -128,6 +129,12 @@ def test_fine_tuning_before_that_keeps_them():
     assert not torch.equal(net.head.weight_orig, before)
     net(images[:2].float())  # computes each weight anew
     assert all(torch.equal(module.weight == 0, zeros[name]) for name, module in prunable(net))
+
+
+def test_a_layer_that_is_never_trained_is_not_pruned(network):
+    prune_all(network, 0.5)
+    assert "stem" not in dict(prunable(network)) and not hasattr(network.stem, "weight_mask")
+    assert len(prunable(network)) == 7 and all(hasattr(layer, "weight_mask") for _, layer in prunable(network))
 
 
 # ---- channels --------------------------------------------------------------------------------------------------------
