@@ -55,7 +55,9 @@ def load_cifar10(data: str | None = None, batch_size: int = 1) -> dict[str, Imag
     """{"train": Images, "test": Images}; InputError where they cannot be had, or the training images do not fill one batch."""
     found = find_cifar10(data)
     if len(found["train"]) < batch_size:
-        raise InputError(f"-batch_size {batch_size} is more than the {len(found['train']):,} training images of {found['train'].name}")
+        raise InputError(
+            f"a batch of {batch_size} images is more than the {len(found['train']):,} training images of {found['train'].name}"
+        )
     return found
 
 

@@ -112,11 +112,11 @@ class Group:
             theirs.close()
 
     def round(self) -> dict:
-        for connection in self.connections:
-            connection.send(True)
         try:
+            for connection in self.connections:
+                connection.send(True)
             return self.connections[0].recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise InputError(f"a process of the group of {self.processes} ended: look above for the reason") from None
 
     def close(self) -> None:
@@ -132,6 +132,7 @@ class Group:
 def benchmark(args) -> None:
     """Measure 1..N processes of one thread, and one process of N threads, on the same global batch; table, figure, results."""
     load_cifar10(args.data, args.batch_size)
+    parameters = parameter_bytes(ConvNet(args.widths, "group"))
     counts = [n for n in range(1, args.nproc + 1) if args.batch_size % n == 0]
     threads = args.num_threads or max(1, usable_cpus() // args.nproc)
     shapes = [(n, threads) for n in counts] + ([(1, threads * args.nproc)] if args.nproc > 1 else [])
@@ -145,7 +146,6 @@ def benchmark(args) -> None:
                 runs[shape].append(group.round())
         for group in groups:
             group.close()
-    parameters = parameter_bytes(ConvNet(args.widths, "group"))
     rows = [summary(shape, runs, args.batch_size, parameters) for shape in shapes]
     print_table([{key: value for key, value in row.items() if not key.startswith("runs_")} for row in rows])
     say(rows, args)

@@ -162,7 +162,7 @@ def test_what_was_decoded_is_kept_until_the_files_change(images, tmp_path, monke
 def test_a_batch_larger_than_the_data_is_refused(images, tmp_path):
     save_parquet(tmp_path, images.numpy())
     assert len(load_cifar10(str(tmp_path), batch_size=40)["train"]) == 40
-    with pytest.raises(InputError, match="-batch_size 41 is more than the 40 training images of CIFAR-10"):
+    with pytest.raises(InputError, match="a batch of 41 images is more than the 40 training images of CIFAR-10"):
         load_cifar10(str(tmp_path), batch_size=41)
 
 

@@ -177,6 +177,18 @@ def test_the_benchmark_measures_processes_against_threads(run_script, tmp_path):
     assert Image.open(tmp_path / "ddp_train_speedup.png").size[0] > 1000
 
 
+def test_the_benchmark_refuses_widths_that_no_process_could_use(check_refusals):
+    check_refusals(SCRIPT, {("-quick", "-benchmark", "-widths", "9", "9", "9"): (1, "a stage of 9 channels cannot be normalized")})
+
+
+def test_a_process_of_the_benchmark_that_ended_is_a_sentence():
+    group, (ours, theirs) = ddp_benchmark.Group.__new__(ddp_benchmark.Group), multiprocessing.Pipe()
+    group.processes, group.connections = 2, [ours]
+    theirs.close()  # as when that process ended
+    with pytest.raises(InputError, match="a process of the group of 2 ended: look above for the reason"):
+        group.round()
+
+
 def test_a_step_is_split_into_its_parts():
     times = {"step_s": 1.0, "compute_s": 0.9, "alone_s": 0.7, "allreduce_s": 0.2, "bytes": 8}
     runs = {(1, 1): [times | {"step_s": 1.6}], (2, 1): [times]}
@@ -477,7 +489,7 @@ def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
         (["-nproc", "3"], "-batch_size 128 does not divide into 3 equal micro-batches .*: give a multiple of 3"),
         (["-nproc", "2", "-accumulate", "3"], r"6 equal micro-batches \(2 processes x -accumulate 3\): give a multiple of 6"),
         (["-nproc", "200"], "give a multiple of 200"),
-        (["-nproc", "200", "-batch_size", "10200"], "-batch_size 10200 is more than the 10,000 training images"),
+        (["-nproc", "200", "-batch_size", "10200"], "a batch of 10200 images is more than the 10,000 training images"),
         (["-resume"], "-resume goes on from a checkpoint: give -checkpoint FILE, too"),
         (["-checkpoint", "."], "-checkpoint . is a folder: give a file"),
         (["-checkpoint", f"{__file__}/run.pt"], "its folder cannot be made"),
