@@ -12,7 +12,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import Images
 from common import measure_alternately, print_table, spread
-from m29_inference.architectures import count_macs
+from m29_inference.macs import gmacs
 from m29_inference.sparse_files import save_sparse
 
 ALONE, DISTILLED = "student", "student + KD"
@@ -32,7 +32,7 @@ def costs(networks: dict[str, nn.Module], image: dict[str, torch.Tensor], device
             size = save_sparse(network.state_dict(), Path(folder, "network"), "dense")
         rows[name] = {
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "gmacs": count_macs(network, image[name].shape[-1])["flop_counter"],
+            "gmacs": gmacs(network, image[name].shape[-1]),
             "latency_ms": timings[name].median_ms,
             "size_mb": size / 1e6,
         }

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from cifar10 import normalize
 from common import measure_alternately, print_table, save_figure
 from m29_inference import prune as exercise
-from m29_inference.architectures import count_macs
+from m29_inference.macs import gmacs
 from m29_inference.prune_accuracy import tune
 from m29_inference.quantize_report import times_as_fast
 from m29_inference.shrink import Link, links, rank, shrink, silence
@@ -53,10 +53,10 @@ def cut(network: nn.Module, share: float, only: str | None = None) -> nn.Module:
 
 def cut_to(network: nn.Module, macs: float) -> nn.Module:
     """The largest cut that leaves at most `macs` of the multiplications, all layers losing the same share of their channels."""
-    full = count_macs(network, 32)["ptflops"]
+    full = gmacs(network, 32)
     for share in (step / 64 for step in range(63, 0, -1)):
         small = cut(network, share)
-        if count_macs(small, 32)["ptflops"] <= macs * full:
+        if gmacs(small, 32) <= macs * full:
             return small
     return small
 
@@ -87,7 +87,7 @@ def measure(args) -> list[dict]:
     """Rows by share of the multiplications and batch size, then by layer; two figures."""
     network, data = student_and_data(args)
     layers = sensitivity(network, data)
-    full_macs = count_macs(network, 32)["ptflops"]
+    full_macs = gmacs(network, 32)
     smaller = {1.0: copy_of(network)} | {share: cut_to(network, share) for share in (SHARES[:1] if args.quick else SHARES)}
     rows = []
     for net in tqdm(smaller.values(), "fine-tuning"):
@@ -95,7 +95,7 @@ def measure(args) -> list[dict]:
         row = {
             "method": "structured",
             "widths": widths,
-            "macs_left": count_macs(net, 32)["ptflops"] / full_macs,
+            "macs_left": gmacs(net, 32) / full_macs,
             "accuracy": accuracy(net, data["test"]),
         }
         tune(net, data, args, args.epochs)

@@ -1,7 +1,9 @@
 """Every test works on data and results in one temporary folder, so that a run leaves nothing behind in the tree."""
 
 import contextlib
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -58,15 +60,42 @@ def start_script():
         process.communicate()
 
 
+def run_as_main(script: str, flags: tuple, environment: dict, said: Path) -> None:
+    """In a process of its own: run the script as `python script flags` would, its messages going to the file `said`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT, 0o600), 2)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [script, *flags]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as Python does at the end of a script; multiprocessing would not
+        sys.exit(1)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Where processes come from: on Linux and macOS from one that has imported PyTorch, which takes seconds, and only forks."""
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["torchvision", "matplotlib.pyplot"])
+    return context
+
+
 @pytest.fixture
-def check_refusals(start_script):
-    """check_refusals(script, {flags: (exit code, part of what is said)}): all side by side, as most of it is waiting for imports."""
+def check_refusals(processes, tmp_path):
+    """check_refusals(script, {flags: (exit code, part of what is said)}): all side by side."""
 
     def check(script: str, cases: dict[tuple, tuple[int, str]], **environment) -> None:
-        runs = {flags: start_script(script, *flags, **environment) for flags in cases}
-        for flags, (code, said) in cases.items():
-            _, error = runs[flags].communicate(timeout=120)
-            assert runs[flags].returncode == code and said in error and "Traceback" not in error, (flags, error)
+        runs = []
+        for number, flags in enumerate(cases):
+            runs.append(processes.Process(target=run_as_main, args=(script, flags, environment, tmp_path / f"said{number}")))
+            runs[-1].start()
+        for number, (flags, (code, said)) in enumerate(cases.items()):
+            runs[number].join(120)
+            error = (tmp_path / f"said{number}").read_text()
+            assert runs[number].exitcode == code and said in error and "Traceback" not in error, (flags, error)
 
     return check
 
