@@ -96,6 +96,7 @@ def check_refusals(processes, tmp_path):
             runs[number].join(120)
             error = (tmp_path / f"said{number}").read_text()
             assert runs[number].exitcode == code and said in error and "Traceback" not in error, (flags, error)
+            assert error.count("\n") == 1 or code != 2, error
 
     return check
 

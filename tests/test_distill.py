@@ -409,9 +409,8 @@ def test_without_network_an_id_of_the_hub_is_refused_within_two_seconds(tiny_vit
     assert len(unknown) == 2
 
 
-def test_the_run_with_it_and_its_refusal(run_script, results, tiny_vit, tmp_path):
-    refused = run_script(SCRIPT, "-quick", "-teacher", tiny_vit)
-    assert refused.returncode == 1 and "less than -min_teacher_accuracy 0.6" in refused.stderr and "Traceback" not in refused.stderr
+def test_the_run_with_it_and_its_refusal(run_script, check_refusals, results, tiny_vit):
+    check_refusals(SCRIPT, {("-quick", "-teacher", str(tiny_vit)): (1, "less than -min_teacher_accuracy 0.6")})
     flags = ("-quick", "-teacher", tiny_vit, "-min_teacher_accuracy", "0", "-epochs", "1", "-limit", "600")
     share = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / SCRIPT, *flags]
     done = subprocess.run(share, cwd=ROOT, capture_output=True, text=True, timeout=120)

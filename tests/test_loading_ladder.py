@@ -184,7 +184,5 @@ def test_the_run_of_a_learner_from_inside_the_folder(run_script, results):
     assert (results / "loading_ladder_rungs.png").exists()
 
 
-def test_a_missing_folder_is_said(run_script, tmp_path):
-    done = run_script("m27_data_loading/loading_ladder.py", "--path-to-folder", tmp_path / "nowhere")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and "does not exist" in done.stderr and done.stderr.count("\n") == 1
+def test_a_missing_folder_is_said(check_refusals, tmp_path):
+    check_refusals("m27_data_loading/loading_ladder.py", {("--path-to-folder", str(tmp_path / "nowhere")): (1, "does not exist")})
