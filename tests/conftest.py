@@ -94,6 +94,7 @@ def check_refusals(processes, tmp_path):
             runs[-1].start()
         for number, (flags, (code, said)) in enumerate(cases.items()):
             runs[number].join(120)
+            runs[number].kill()  # one that hangs
             error = (tmp_path / f"said{number}").read_text()
             assert runs[number].exitcode == code and said in error and "Traceback" not in error, (flags, error)
             assert error.count("\n") == 1 or code != 2, error
