@@ -161,11 +161,15 @@ def drop_unused(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 # ---- machine code ----------------------------------------------------------------------------------------------------
 
 
-def compile_to_file(network: nn.Module, images: torch.Tensor, file: Path) -> Path:
-    """Compile for batches of this very size and for the number of threads set now; returns the file."""
+def compile_to_file(network: nn.Module, images: torch.Tensor, file: Path, marked: bool = False) -> Path:
+    """Compile for batches of this very size and for the number of threads set now; returns the file.
+
+    `marked`: with a mark around each call that torch.profiler times, on Linux and Windows.
+    """
+    settings = {"freezing": True, "cpp.enable_kernel_profile": marked}
     with quiet(), torch.no_grad():
         exported = export_network(network, images, any_batch=False)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs={"freezing": True})
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=settings)
     return file
 
 
@@ -174,11 +178,11 @@ def load_compiled(file: Path):
     return torch._inductor.aoti_load_package(str(file))
 
 
-def int8_calls(file: Path) -> int:
-    """Calls of int8 convolutions and linear layers in the C++ that the compiler wrote; 0 would mean that all is float after all."""
+def int8_calls(file: Path) -> list[str]:
+    """The calls of int8 convolutions and linear layers in the C++ that the compiler wrote; none would mean that all is float after all."""
     with zipfile.ZipFile(file) as package:
         sources = [package.read(name).decode(errors="replace") for name in package.namelist() if name.endswith("wrapper.cpp")]
-    return sum(len(re.findall(r"aoti_torch_cpu__q(?:conv|linear)\w*\(", source)) for source in sources)
+    return re.findall(r"aoti_torch_cpu__q(?:conv|linear)\w*\((?!\").*", "\n".join(sources))  # not the mark, which has the name in quotes
 
 
 # ---- the file that goes to other machines ----------------------------------------------------------------------------
@@ -194,8 +198,18 @@ def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path) ->
                 node.meta.pop(note, None)
         content = io.BytesIO()  # torch's own writer does not say it when the disk is full
         torch.export.save(exported, content)
-        temporary.write_bytes(content.getbuffer())
+        temporary.write_bytes(deflate_text(content).getbuffer())
     return file
+
+
+def deflate_text(content: io.BytesIO) -> io.BytesIO:
+    """The same zip file with the graph's text compressed, which would be a quarter of a small network's; the weights stay as they are."""
+    smaller = io.BytesIO()
+    with zipfile.ZipFile(content) as old, zipfile.ZipFile(smaller, "w") as new:
+        for name in old.namelist():
+            entry = zipfile.ZipInfo(name)  # without the time, so that the same network is the same file
+            new.writestr(entry, old.read(name), zipfile.ZIP_DEFLATED if name.endswith(".json") else zipfile.ZIP_STORED)
+    return smaller
 
 
 def load_graph(file: Path) -> nn.Module:

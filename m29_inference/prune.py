@@ -202,8 +202,10 @@ if __name__ == "__main__":
     part("-formats", action="store_true", help="file size and latency, format by format")
     part("-structured", action="store_true", help="remove whole channels")
     flag("-data", help="folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
-    flag("-epochs", type=positive_int, default=3, help="of fine-tuning, for -accuracy and -structured (default: 3)")
+    flag("-epochs", type=positive_int, help="of fine-tuning (default: 3 for -accuracy, 6 for -structured)")
     args = parse(parser)
+    if args.epochs and not (args.accuracy or args.structured):
+        parser.error("argument -epochs: of fine-tuning, so it has no effect without -accuracy or -structured")
     run = main
     if args.accuracy or args.formats or args.structured:
         from m29_inference import prune_accuracy, prune_formats, prune_structured  # which import this file

@@ -24,6 +24,7 @@ from m29_inference.training import accuracy, train
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 STEPS = 3
+EPOCHS = 3  # of fine-tuning, where -epochs does not say it
 LEARNING_RATE = 0.05  # a quarter of the training's: the weights shall settle, not start again
 
 
@@ -35,10 +36,10 @@ def prune_all(network: nn.Module, amount: float) -> None:
     prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, importance_scores=sizes, amount=amount)
 
 
-def tune(network: nn.Module, data: dict, args, epochs: int) -> None:
-    """Go on training. The masks hold the zeros: `weight` is computed anew from `weight_orig` and the mask in every forward pass."""
+def tune(network: nn.Module, data: dict, args, epochs: int, lr: float = LEARNING_RATE) -> None:
+    """Go on training, `lr` at first. Where there are masks, they hold the zeros: every forward pass computes `weight` from them anew."""
     if epochs:
-        train(network, data["train"], epochs, args.seed + 1, torch.device("cpu"), LEARNING_RATE)
+        train(network, data["train"], epochs, args.seed + 1, torch.device("cpu"), lr)
 
 
 def one_shot(network: nn.Module, data: dict, args, sparsity: float) -> tuple[float, float]:
@@ -60,6 +61,7 @@ def iterative(network: nn.Module, data: dict, args, sparsity: float) -> tuple[No
 
 def measure(args) -> list[dict]:
     """A row for each method and sparsity: accuracy right after pruning, and after fine-tuning."""
+    args.epochs = args.epochs or (1 if args.quick else EPOCHS)
     network, data = student_and_data(args)
     untouched = copy_of(network)
     row = {"method": "unpruned", "sparsity": 0.0, "accuracy": accuracy(network, data["test"])}

@@ -28,6 +28,8 @@ from m29_inference.training import accuracy
 UNIT = 16  # channels: as many float32 numbers as the widest vector registers hold
 SHARES = (0.5, 0.35)  # of the multiplications
 BATCHES = (1, 128)
+EPOCHS = 6  # of fine-tuning, where -epochs does not say it
+LEARNING_RATE = 0.1  # half of the training's: where whole channels are gone, the others have more to learn anew
 
 
 def kept_channels(link: Link, share: float) -> torch.Tensor:
@@ -85,6 +87,7 @@ def sensitivity(network: nn.Module, data: dict) -> list[dict]:
 
 def measure(args) -> list[dict]:
     """Rows by share of the multiplications and batch size, then by layer; two figures."""
+    args.epochs = args.epochs or (1 if args.quick else EPOCHS)
     network, data = student_and_data(args)
     layers = sensitivity(network, data)
     full_macs = gmacs(network, 32)
@@ -98,7 +101,7 @@ def measure(args) -> list[dict]:
             "macs_left": gmacs(net, 32) / full_macs,
             "accuracy": accuracy(net, data["test"]),
         }
-        tune(net, data, args, args.epochs)
+        tune(net, data, args, args.epochs, LEARNING_RATE)
         row["parameters"] = sum(parameter.numel() for parameter in net.parameters())
         row["accuracy_tuned"] = accuracy(net.to(memory_format=torch.contiguous_format), data["test"])
         rows += [row | times for times in time_both(network, net, data)]

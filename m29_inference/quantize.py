@@ -5,7 +5,8 @@
     python m29_inference/quantize.py -clip 0.99            a range that leaves out the rarest 1 % of the values
     python m29_inference/quantize.py -model student        a whole network, trained first: latency, size, accuracy of int8 and floats
     python m29_inference/quantize.py -model resnet18       one of torchvision's; vit_b_16 for a network of linear layers
-    python m29_inference/quantize.py -model student -layers        which layer costs most
+    python m29_inference/quantize.py -model student -layers        which layer costs most accuracy
+    python m29_inference/quantize.py -model resnet18 -profile      which layer costs most time
 
 A real number x is kept as a whole number q of few bits: q = clamp(round(x / scale) + zero_point), and comes back as (q - zero_point) *
 scale. The scale is the distance of two neighbouring levels, the zero point the level that stands for 0 exactly. Inside the range the
@@ -187,17 +188,24 @@ def main(args) -> list[dict]:
     return bits + granularity + sums
 
 
-ONE_TENSOR, NETWORK = ("bits", "clip"), ("layers", "batch_sizes", "threads", "calibration", "pretrained", "data", "save", "load", "peers")
+ONE_TENSOR = ("bits", "clip")
+NETWORK = ("layers", "profile", "batch_sizes", "threads", "calibration", "pretrained", "data", "save", "load", "peers")
+
+
+UNUSED = {"layers": ("batch_sizes", "threads", "save", "load", "peers"), "profile": ("save", "load", "peers")}
 
 
 def refuse_idle_flags(parser, args) -> None:
     """End with exit code 2 where a flag was given that this run would not look at."""
+    mode = next((name for name in UNUSED if getattr(args, name)), None)
     given = [name for name in (ONE_TENSOR if args.model else NETWORK) if getattr(args, name) != parser.get_default(name)]
     flags = ", ".join(f"-{name}" for name in given)
     if given and args.model:
         parser.error(f"argument {flags}: about one tensor, so it has no effect with -model")
     if given:
         parser.error(f"argument {flags}: about a whole network: give -model, too")
+    if idle := [f"-{name}" for name in UNUSED.get(mode, ()) if getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"argument {', '.join(idle)}: has no effect with -{mode}")
 
 
 if __name__ == "__main__":
@@ -206,7 +214,9 @@ if __name__ == "__main__":
     flag("-bits", type=positive_int, choices=range(2, 9), metavar="2..8", default=8, help="bits a number (default: 8)")
     flag("-clip", type=float, default=1.0, help="share of the values that the range holds, the others saturate (default: 1.0)")
     flag("-model", help="convert a whole network: student (trained here), or a name of torchvision's")
-    flag("-layers", action="store_true", help="with -model: keep one layer at a time in float32")
+    part = parser.add_mutually_exclusive_group().add_argument
+    part("-layers", action="store_true", help="with -model: keep one layer at a time in float32")
+    part("-profile", action="store_true", help="with -model: time each layer in int8, for the first of -batch_sizes and of -threads")
     flag("-batch_sizes", type=positive_int, nargs="+", default=[1, 32], help="with -model: images at a time (default: 1 32)")
     flag("-threads", type=positive_int, nargs="+", default=sorted({1, usable_cpus()}), help="with -model: threads (default: 1 and all)")
     flag("-calibration", type=positive_int, default=320, help="with -model: images that set the scales (default: 320)")
@@ -221,7 +231,8 @@ if __name__ == "__main__":
     if args.model:
         from m29_inference.quantize_layers import sensitivity  # which imports this file
         from m29_inference.quantize_model import compare
+        from m29_inference.quantize_profile import profile
 
-        run = sensitivity if args.layers else compare
+        run = sensitivity if args.layers else profile if args.profile else compare
     rows = run(args)
     save_results(__file__, args, rows)

@@ -124,7 +124,7 @@ def compiled(name: str, variant: nn.Module, images: torch.Tensor, folder: Path):
                 function(images)
             return function, None
         file = compile_to_file(variant, images, folder / f"{name}_{len(images)}_{torch.get_num_threads()}.pt2".replace(" ", "_"))
-        return load_compiled(file), int8_calls(file)
+        return load_compiled(file), len(int8_calls(file))
     except RuntimeError as error:  # torch's compiler raises kinds of it
         hint = "with CXX=none in the environment int8 runs as a graph, not compiled"
         raise InputError(f"{name} cannot be compiled here ({first_line(error)}): {hint}") from error

@@ -11,7 +11,7 @@ from torch import nn
 from cifar10 import ConvNet, Images
 from common import InputError
 from m29_inference import prune as exercise
-from m29_inference import prune_accuracy, prune_formats
+from m29_inference import prune_accuracy, prune_formats, prune_structured
 from m29_inference.network import WhitenedNet
 from m29_inference.prune import LeNet, make_permanent, prunable, remove_masks, sparsity, sparsity_by_layer
 from m29_inference.prune_accuracy import prune_all
@@ -252,8 +252,26 @@ def test_whole_channels(run_script, results):
     assert all((results / f"prune_{name}.png").exists() for name in ("structured", "layers"))
 
 
+@pytest.mark.parametrize(("module", "epochs", "rate"), [(prune_accuracy, 3, 0.05), (prune_structured, 6, 0.1)])
+def test_the_fine_tuning_that_the_readme_speaks_of(monkeypatch, module, epochs, rate):
+    class Begun(Exception):
+        pass
+
+    def begin(network, images, epochs, seed, device, lr):
+        raise Begun(epochs, seed, lr)
+
+    images = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a",), "noise")
+    monkeypatch.setattr(module, "student_and_data", lambda args: (WhitenedNet(WIDTHS), {"train": images, "test": images}))
+    monkeypatch.setattr(prune_accuracy, "train", begin)
+    monkeypatch.setattr(prune_structured, "cut_to", lambda network, share: network)
+    with pytest.raises(Begun) as begun:
+        module.measure(SimpleNamespace(epochs=None, quick=False, seed=4))
+    assert begun.value.args == (epochs, 5, rate)
+
+
 def test_bad_input_is_said(check_refusals):
     cases = {("-amount", "1.5"): (2, "a share between 0 and 1"), ("-accuracy", "-formats"): (2, "not allowed with argument")}
+    cases[("-formats", "-epochs", "2")] = (2, "argument -epochs: of fine-tuning, so it has no effect without -accuracy or -structured")
     cases[("-device", "cuda")] = (2, "argument -device: 'cuda' is not allowed: this exercise computes on the CPU")
     check_refusals(SCRIPT, cases)
 

@@ -1,5 +1,6 @@
 """quantize.py -model: int8 graphs against float, their files, compiled code, attention in plain linear layers, and bad input."""
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -13,7 +14,9 @@ from torch import nn
 
 from cifar10 import ConvNet, Images
 from common import InputError, Timing
-from m29_inference import int8, quantize_model, quantize_report, student, training
+from m29_inference import int8, quantize_model, quantize_profile, quantize_report, student, training
+from m29_inference.macs import gmacs, gmacs_by_layer
+from m29_inference.network import WhitenedNet
 from m29_inference.quantize_cost import compare_accuracy, margin, relative, size_of_weights, sizes_mb
 from m29_inference.quantize_linear import PlainAttention, dynamic_int8, with_plain_attention
 from m29_inference.quantize_model import compiled, find_variants, load_converted, load_network, say_what_is_missing
@@ -95,7 +98,7 @@ def test_what_is_saved_comes_back_bit_for_bit(graph, tmp_path):
     file = int8.save_graph(graph, batches()[0], tmp_path / "net.pt2")
     with torch.inference_mode():
         assert torch.equal(int8.load_graph(file)(batches()[1][:7]), graph(batches()[1][:7]))
-    assert list(tmp_path.iterdir()) == [file] and file.stat().st_size < 150_000  # no example images, no source lines
+    assert list(tmp_path.iterdir()) == [file] and file.stat().st_size < 50_000  # no example images, no source lines, compressed text
 
 
 @pytest.mark.parametrize(("content", "said"), [(None, "no such file"), (b"", "damaged"), (b"PK\3\4 and then nothing", "damaged")])
@@ -112,7 +115,7 @@ def test_compiled_code_runs_int8_operations_and_needs_no_torchao(graph, tmp_path
     images = batches()[0]
     loaded = int8.load_graph(int8.save_graph(graph, images, tmp_path / "graph.pt2"))
     file = int8.compile_to_file(loaded, images, tmp_path / "net.pt2")
-    assert int8.int8_calls(file) == 7 or not X86  # six convolutions and the linear layer
+    assert len(int8.int8_calls(file)) == 7 or not X86  # six convolutions and the linear layer
     with torch.inference_mode():
         ours = int8.load_compiled(file)(images)
         assert relative(ours, graph(images)) < 0.02
@@ -140,7 +143,7 @@ def test_torch_compile_is_the_second_way(network, graph, tmp_path):
 
 @needs_compiler
 def test_float_code_has_no_int8_operations(network, tmp_path):
-    assert int8.int8_calls(int8.compile_to_file(network, batches()[0], tmp_path / "net.pt2")) == 0
+    assert int8.int8_calls(int8.compile_to_file(network, batches()[0], tmp_path / "net.pt2")) == []
 
 
 def test_attention_in_plain_layers_computes_the_same():
@@ -299,12 +302,69 @@ def test_layers_are_kept_in_float_one_at_a_time(run_script, results):
     assert (results / "quantize_layers.png").exists()
 
 
+@needs_compiler
+@pytest.mark.skipif(not X86 or sys.platform == "darwin", reason="int8 operations are for x86, marks not for macOS")
+def test_the_profile_names_every_layer(run_script, results):
+    done = run_script(SCRIPT, "-model", "student", "-quick", "-profile", "-batch_sizes", "8", timeout=300)
+    assert done.returncode == 0 and "gpuGetDeviceCount" not in done.stderr, done.stderr
+    rows = json.loads((results / "quantize.json").read_text())["rows"]
+    layers = [row for row in rows if row["gmacs"]]
+    convolutions = [f"stages.{stage}.conv{number}" for stage in range(3) for number in (1, 2)]
+    assert [row["layer"] for row in layers] == ["stem", *convolutions, "head"]  # the stem is defined last and runs first
+    assert sum(row["gmacs"] for row in layers) == pytest.approx(8 * gmacs(WhitenedNet(student.WIDTHS), 32))
+    assert all(row["gmacs_per_s"] == pytest.approx(row["gmacs"] / row["latency_ms"] * 1e3) for row in layers)
+    assert rows[-1]["layer"] == "between the calls" and len(rows) > len(layers) + 1
+    assert "of the time is spent in int8 layers" in done.stdout and (results / "quantize_profile.png").exists()
+
+
+def test_layers_are_told_by_their_bias_or_by_their_place():
+    stem, head = "qconv(buf0, nullptr)", "qlinear(buf1, nullptr, 1.0)"
+    conv, other = (f"qconv(buf2, &temporary_reference({name}_weight_bias.get()))" for name in ("a_conv", "a_down"))
+    told = quantize_profile.layers_of_calls
+    assert told([stem, conv, head], ["stem", "a.conv", "head"]) == ["stem", "a.conv", "head"]
+    assert told([other, conv], ["a.conv", "a.down"]) == ["a.down", "a.conv"]  # branches may run in another order than the network's
+    for calls, layers in [([stem, head], 2), ([conv, stem], 2), ([conv, conv], 2), ([conv], 2), ([stem, conv, head], 2)]:
+        with pytest.raises(InputError, match=f"which layer \\({len(calls)} of {layers}\\)"):
+            told(calls, ["stem", "a.conv"])
+
+
+@pytest.mark.parametrize("calls", [[], ["a", "b", "a"], ["a", "b", "b", "a"]])
+def test_a_profile_whose_runs_differ_is_refused(calls, monkeypatch):
+    class Recorded(contextlib.nullcontext):
+        def events(self):
+            times = (SimpleNamespace(start=start) for start in range(len(calls)))
+            return [
+                SimpleNamespace(name=name, cpu_parent=None, cpu_time_total=1.0, time_range=time)
+                for name, time in zip(calls, times, strict=True)
+            ]
+
+    profile = Recorded()
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(profile))
+    with pytest.raises(InputError, match="did not see the same marked calls in every run"):
+        quantize_profile.marked_runs(lambda images: None, torch.zeros(1), 2)
+
+
+def test_a_layer_that_does_not_run_is_not_counted():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.used, self.first = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(self.first(x))
+
+    assert list(gmacs_by_layer(Idle(), torch.zeros(5, 4)).items()) == [("first", 80 / 1e9), ("used", 40 / 1e9)]
+
+
 def test_bad_input_is_said(check_refusals):
     cases = {
         ("-model", "resnet81"): (1, "did you mean resnet18"),
         ("-model", "student", "-data", "nowhere"): (1, "-data nowhere"),
         ("-model", "mobilenet_v3_small", "-quick", "-load", "nowhere.pt2"): (1, "nowhere.pt2: no such file"),
         ("-layers",): (2, "give -model, too"),
+        ("-model", "student", "-layers", "-profile"): (2, "argument -profile: not allowed with argument -layers"),
+        ("-model", "student", "-profile", "-save", "net.pt2"): (2, "argument -save: has no effect with -profile"),
+        ("-model", "student", "-layers", "-threads", "7"): (2, "argument -threads: has no effect with -layers"),
         ("-peers", "-batch_sizes", "1"): (2, "argument -batch_sizes, -peers: about a whole network: give -model, too"),
         ("-model", "student", "-bits", "4"): (2, "argument -bits: about one tensor, so it has no effect with -model"),
         ("-device", "cuda"): (2, "argument -device: 'cuda' is not allowed: this exercise computes on the CPU"),
