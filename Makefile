@@ -36,7 +36,6 @@ m29: begin
 	$(RUN) m29_inference/architectures.py -quick
 	$(RUN) m29_inference/quantize.py -quick
 	$(RUN) m29_inference/quantize.py -quick -model student
-	$(RUN) m29_inference/quantize.py -quick -model student -profile
 	$(RUN) m29_inference/prune.py -quick
 	$(RUN) m29_inference/prune.py -quick -accuracy
 	$(RUN) m29_inference/prune.py -quick -formats

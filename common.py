@@ -163,6 +163,13 @@ def non_negative_int(text: str) -> int:
     return _whole_number(text, 0)
 
 
+def positive_number(text: str) -> float:
+    with contextlib.suppress(ValueError):  # no number
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a number above 0 is expected")
+
+
 def share(text: str) -> float:
     with contextlib.suppress(ValueError):  # no number
         if 0 <= float(text) <= 1:

@@ -189,7 +189,8 @@ def say(rows: list[dict], args) -> None:
         f"{best['processes']} processes: {best['speedup']:.2f}x one process, {best['efficiency']:.0%} of the ideal {best['processes']}x; ",
         end="",
     )
-    print(f"the all-reduce adds {best['allreduce_share']:.1%} to the step and is handed {best['bytes_per_step']:,} bytes, 4 a parameter")
+    print(f"the all-reduce adds {best['allreduce_share']:.1%} to the step and is handed {best['bytes_per_step']:,} bytes, ", end="")
+    print(f"{4 * best['bytes_per_step'] / best['formula_bytes']:g} a parameter")  # formula_bytes: 4 of each
     if best["processes"] > 1:
         ideal = rows[0]["step_ms"] / best["processes"]
         print(

@@ -35,6 +35,7 @@ from m28_distributed_training.launch import launch, only_first_speaks, print0, u
 from m28_distributed_training.training_flags import check, training_parser
 
 REPORT_EVERY = 10  # steps from one global loss to the next; SIGTERM is noticed then, too
+UNUSED = ("epochs", "steps", "accumulate", "micro_batches", "lr", "bf16", "checkpoint", "resume", "max_restarts")  # by -benchmark
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def train(args) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
     settings, stop = run_settings(args, data["train"], steps), catch_sigterm()
     first = resume(args, settings, network, optimizer, scheduler)
-    losses, mean_loss, clock, stopped = [], None, None, False
+    losses, mean_loss, clock, stopped, kept = [], None, None, False, False
     for step in (bar := tqdm(range(first, steps), "training", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps)):
         for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
             # distributed: the all-reduce runs during the last backward(); the gradients are then the mean over all processes
@@ -85,9 +86,9 @@ def train(args) -> None:
             mean_loss, stopped = agree(losses, stop, args)  # distributed
             bar.set_postfix(loss=f"{mean_loss:.3f}")
         if args.checkpoint and ((step + 1) % args.every == 0 or stopped):
-            save_checkpoint(args.checkpoint, {"step": step + 1, "settings": settings, **state_of(network, optimizer, scheduler)})
+            kept = save_checkpoint(args.checkpoint, {"step": step + 1, "settings": settings, **state_of(network, optimizer, scheduler)})
         if stopped:
-            print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if args.checkpoint else ''}")
+            print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
             return
     timed, seconds = max(0, steps - first - 1), time.perf_counter() - (clock or 0)
     correct = evaluate(network, data["test"], args)
@@ -194,6 +195,8 @@ if __name__ == "__main__":
     parser = training_parser(__doc__)
     parser.add_argument("-benchmark", action="store_true", help="measure 1 to -nproc processes instead of training to the end")
     args = parse(parser)
+    if idle := [f"-{name}" for name in UNUSED if args.benchmark and getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"argument {', '.join(idle)}: has no effect with -benchmark")
     check(args)
     if args.benchmark and under_torchrun():
         raise InputError("-benchmark starts its processes itself: run it without torchrun")

@@ -27,6 +27,7 @@ from common import (
     non_negative_int,
     parse,
     positive_int,
+    positive_number,
     print_table,
     save_figure,
     save_results,
@@ -186,7 +187,7 @@ if __name__ == "__main__":
     flag("-steps", type=positive_int, default=78, help="training steps (default: 78, once over the sample)")
     flag("-batch_size", type=positive_int, default=128, help="images a step (default: 128)")
     flag("-widths", type=positive_int, nargs=3, default=[32, 64, 128], help="channels of the three stages (default: 32 64 128)")
-    flag("-lr", type=float, default=0.001, help="highest learning rate of the schedule (default: 0.001)")
+    flag("-lr", type=positive_number, default=0.001, help="highest learning rate of the schedule (default: 0.001)")
     args = parse(parser)
     rows = main(args)
     save_results(__file__, args, rows)

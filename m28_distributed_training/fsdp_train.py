@@ -43,6 +43,7 @@ from m28_distributed_training.traffic import ddp_bytes, fsdp_bytes, parameter_by
 from m28_distributed_training.training_flags import check, training_parser
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process collects the parts, the others get nothing
+STEPS = 40  # where neither -steps nor -epochs says how many
 
 
 def train(args) -> None:
@@ -73,8 +74,12 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
     settings, stop = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, catch_sigterm()
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
-    losses, mean_loss, held, seconds, stopped = [], None, {}, [], False
-    for step in (bar := tqdm(range(first, steps), "sharded" if shard else "DDP", unit="step", disable=dist.get_rank() != 0, initial=first)):
+    losses, mean_loss, held, seconds, stopped, kept = [], None, {}, [], False, False
+    for step in (
+        bar := tqdm(
+            range(first, steps), "sharded" if shard else "DDP", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps
+        )
+    ):
         begin = time.perf_counter()
         for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
             last = number == args.accumulate
@@ -97,9 +102,9 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
             mean_loss, stopped = agree(losses, stop, args)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
         if shard and args.checkpoint and ((step + 1) % args.every == 0 or stopped):
-            save(args, step + 1, settings, model, optimizer, scheduler)
+            kept = save(args, step + 1, settings, model, optimizer, scheduler)
         if stopped:
-            print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if args.checkpoint else ''}")
+            print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
             return None
     held, seconds = held or held_bytes(model, optimizer), seconds or [float("inf")]  # where a finished run was resumed
     return {"P": P, "held": held, "seconds": statistics.median(seconds), "parameters": full_parameters(model), "loss": mean_loss}
@@ -130,12 +135,13 @@ def full_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu() for name, tensor in named.items()}
 
 
-def save(args, step: int, settings: dict, model, optimizer, scheduler) -> None:
-    """Collect the parts on the first process, which writes them."""
+def save(args, step: int, settings: dict, model, optimizer, scheduler) -> bool:
+    """Collect the parts on the first process, which writes them; False where it could not."""
     network_state, optimizer_state = get_state_dict(model, optimizer, options=WHOLE)  # sharded: all processes take part
     if dist.get_rank() == 0:
         state = {"model": network_state, "optimizer": optimizer_state, "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
-        save_checkpoint(args.checkpoint, {"step": step, "settings": settings, **state})
+        return save_checkpoint(args.checkpoint, {"step": step, "settings": settings, **state})
+    return True
 
 
 def resume(args, settings: dict, model, optimizer, scheduler) -> int:
@@ -181,8 +187,8 @@ def report(args, data: dict, sharded: dict, whole: dict | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = training_parser(__doc__)
-    parser.set_defaults(steps=40)
+    parser = training_parser(__doc__, STEPS)
     args = parse(parser)
+    args.steps = args.steps or (None if args.epochs else STEPS)
     check(args)
     launch(train, args)

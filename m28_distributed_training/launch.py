@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
@@ -73,7 +72,9 @@ def settle_device(args) -> None:
         )
     if args.backend == "nccl" and local_processes(args) > gpus:
         many, has = f"{local_processes(args)} processes", f"{gpus} GPU{'s' if gpus > 1 else ''}"
-        raise InputError(f"nccl wants a GPU for each of the {many}, this machine has {has}: start fewer, or take -backend gloo")
+        raise InputError(
+            f"nccl wants a GPU for each of the {many}, this machine has {has}: start fewer, or take -backend gloo or -device cpu"
+        )
 
 
 def several_machines() -> bool:
@@ -125,7 +126,7 @@ def run_processes(worker, args) -> bool:
             return True
         if first.exitcode == BAD_INPUT:  # which has been said, and stays bad
             return False
-        if told:  # one that trains saves and ends well, this one had not begun
+        if told and first.exitcode == -signal.SIGTERM:  # one that trains saves and ends well, this one had not begun
             print(f"SIGTERM: ended before the first step{'; -resume goes on' if args.checkpoint else ''}")
             return True
         if first.exitcode > 0:
@@ -174,7 +175,7 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
         if sys.platform in LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])  # needs no host name that resolves, no firewall
     try:
-        record(join_and_run)(worker, args, rank, store)
+        recorded()(worker, args, rank, store)
         leave(0)
     except InputError as error:
         if local_rank(rank) == 0:  # the others found the same
@@ -191,6 +192,15 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
         time.sleep(0.5)  # a process that died by a signal cannot speak, its parent does
         print(f"rank {rank}: {said} ({reason})", file=sys.stderr, flush=True)
         leave(1)
+
+
+def recorded():
+    """join_and_run, under torchrun so that it learns what ended a process."""
+    if not under_torchrun():
+        return join_and_run
+    from torch.distributed.elastic.multiprocessing.errors import record  # its import prints a note on macOS
+
+    return record(join_and_run)
 
 
 def leave(code: int) -> None:

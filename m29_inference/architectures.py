@@ -25,7 +25,18 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, measure, measure_alternately, new_parser, parse, positive_int, print_table, save_figure, save_results
+from common import (
+    InputError,
+    measure,
+    measure_alternately,
+    new_parser,
+    parse,
+    positive_int,
+    positive_number,
+    print_table,
+    save_figure,
+    save_results,
+)
 from m29_inference.architectures_report import advise, plot_accuracy, plot_rates
 from m29_inference.macs import gmacs
 from machine import available_memory
@@ -153,7 +164,7 @@ def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, devi
 
 def hint_resolution(name: str) -> str:
     trained = published_resolution(torchvision.models.get_model_weights(name).DEFAULT)
-    return f"it was made for {trained}, Vision Transformers take no other the rest none much smaller"
+    return f"it was made for {trained}, Vision Transformers take no other, the rest none much smaller"
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -226,7 +237,7 @@ if __name__ == "__main__":
     flag("-models", nargs="+", default=list(MODELS), help=f"torchvision's names (default: {' '.join(MODELS)})")
     flag("-resolution", type=positive_int, help="pixels a side (default: each network's own)")
     flag("-batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="images at a time (default: 1 8)")
-    flag("-budget_ms", type=float, default=50.0, help="latency at the smallest batch that you can afford (default: 50)")
+    flag("-budget_ms", type=positive_number, default=50.0, help="latency at the smallest batch that you can afford (default: 50)")
     flag("-pretrained", action="store_true", help="download the published weights; changes no latency")
     args = parse(parser)
     rows = main(args)

@@ -19,7 +19,6 @@ all train: up to the plateau of its loss at the full learning rate, and as many 
 import argparse
 import inspect
 import itertools
-import math
 import os
 import sys
 from functools import partial
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import SAMPLE_NAME, Images, load_cifar10, normalize, stratified
-from common import InputError, new_parser, parse, positive_int, print_table, save_figure, save_results, share
+from common import InputError, new_parser, parse, positive_int, positive_number, print_table, save_figure, save_results, share
 from common import seed as seed_number
 from m29_inference.distill_report import ALONE, DISTILLED, costs, plot_curves, plot_knowledge, plot_sweep, say, say_cost
 from m29_inference.network import new_network
@@ -196,12 +195,6 @@ def main(args) -> list[dict]:
     return (sweep if args.sweep else compare)(args, data, teacher, epochs)
 
 
-def above_zero(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a number above 0 is expected")
-    return value
-
-
 if __name__ == "__main__":
     parser = new_parser(__doc__)
     flag = parser.add_argument
@@ -218,7 +211,7 @@ if __name__ == "__main__":
     flag("-widths", type=positive_int, nargs=3, metavar="N", help=said)
     flag("-epochs", type=positive_int, help=f"of the students (default: to convergence; {SAMPLE_EPOCHS} on the drawn sample)")
     flag("-teacher_epochs", type=positive_int, help="of our own teacher (default: likewise)")
-    flag("-temperature", type=above_zero, default=4.0, help="divides the logits of both (default: 4)")
+    flag("-temperature", type=positive_number, default=4.0, help="divides the logits of both (default: 4)")
     flag("-alpha", type=share, default=0.9, help="weight of the teacher's opinion, the rest is the labels' (default: 0.9)")
     flag(
         "-views",

@@ -31,16 +31,24 @@ from torch import nn
 from tqdm import tqdm
 
 from common import InputError, atomic_path
+from machine import cpu_has
 
 ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=4096)},)
 SMALLEST_SCALE = 2**-60  # torchao's own 2**-12 is coarser than the activations of some networks, mobilenet_v3 for one
+
+
+def has_vnni() -> bool:
+    """Whether the processor adds up products of int8 numbers in 32 bits; older ones do it in 16, which two large products overflow."""
+    return cpu_has("avx512_vnni") or cpu_has("avx_vnni")
 
 
 @functools.cache
 def why_not_compiled() -> str | None:
     """Why PyTorch's compiler can make no CPU code here, None where it can: a tiny program shows whether the C++ compiler works."""
     default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    command = shlex.split(os.environ.get("CXX") or default, posix=sys.platform != "win32")  # as torch._inductor chooses it
+    chosen = os.environ.get("CXX") or default  # as torch._inductor chooses it
+    # a path, with a blank in it perhaps, or a command with flags
+    command = [chosen] if shutil.which(chosen) else shlex.split(chosen, posix=sys.platform != "win32")
     if not shutil.which(command[0]):
         return f"There is no C++ compiler here ({command[0]})"
     library = ["/LD", "/EHsc"] if sys.platform == "win32" else ["-shared", "-fPIC", "-o", "tiny.so"]
@@ -92,7 +100,7 @@ def int8_recipe(keep_float: tuple[str, ...] = ()):
     keep_float: names of layers that stay float32.
     """
     x86 = import_quantizer()
-    config = x86.get_default_x86_inductor_quantization_config()
+    config = x86.get_default_x86_inductor_quantization_config(reduce_range=not has_vnni())  # activations in 7 bits: no overflow
     for part in ("input_activation", "weight"):
         spec = getattr(config, part)
         observer = spec.observer_or_fake_quant_ctr
@@ -212,12 +220,20 @@ def deflate_text(content: io.BytesIO) -> io.BytesIO:
     return smaller
 
 
+def check_graph_file(file: Path) -> None:
+    """InputError where there is no such file: to be called before minutes are spent on something else."""
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file")
+
+
 def load_graph(file: Path) -> nn.Module:
     """What save_graph kept; InputError where the file is none of its."""
     import_quantizer()
-    if not Path(file).is_file():
-        raise InputError(f"{file}: no such file")
+    check_graph_file(file)
     try:
+        with zipfile.ZipFile(file) as parts:  # torch reads on over flipped bits: it skips the checksums
+            if parts.testzip():
+                raise zipfile.BadZipFile
         with quiet():
             return torch.export.load(file).module()
     except Exception as error:  # zipfile's, json's and torch's own

@@ -204,6 +204,10 @@ def refuse_idle_flags(parser, args) -> None:
         parser.error(f"argument {flags}: about one tensor, so it has no effect with -model")
     if given:
         parser.error(f"argument {flags}: about a whole network: give -model, too")
+    if args.model not in (None, "student") and args.data:
+        parser.error(f"argument -data: images for the student, so it has no effect with -model {args.model}")
+    if args.model == "student" and args.pretrained:
+        parser.error("argument -pretrained: torchvision has no student; it is trained here")
     if idle := [f"-{name}" for name in UNUSED.get(mode, ()) if getattr(args, name) != parser.get_default(name)]:
         parser.error(f"argument {', '.join(idle)}: has no effect with -{mode}")
 

@@ -16,7 +16,7 @@ from common import display_path
 from m29_inference.int8 import compile_to_file, load_compiled, load_graph, save_graph
 from m29_inference.training import CPU, answers
 
-ACCURACY_BATCH = 250  # divides the 10,000 test images, and the sample's
+ACCURACY_BATCH = 250  # images at most; compiled code takes one size alone, so it must divide the test images
 
 
 class InBfloat16(nn.Module):
@@ -45,14 +45,15 @@ def compare_accuracy(network: nn.Module, variants: dict[str, nn.Module], data: d
 
     By name, "eager" too: accuracy, accuracy_difference and its accuracy_margin, and same_class, the share of images on which both agree.
     """
-    labels, images = data["test"].labels, normalize(data["test"].images[:ACCURACY_BATCH])
-    theirs = answers(network, data["test"], CPU, ACCURACY_BATCH)
+    batch = next(size for size in range(ACCURACY_BATCH, 0, -1) if len(data["test"]) % size == 0)
+    labels, images = data["test"].labels, normalize(data["test"].images[:batch])
+    theirs = answers(network, data["test"], CPU, batch)
     found = {"eager": {"accuracy": (theirs == labels).double().mean().item()}}
     print()
     for name, variant in variants.items():
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             function = load_compiled(compile_to_file(variant, images, Path(folder, "accuracy.pt2"))) if compile_them else variant
-            ours = answers(function, data["test"], CPU, ACCURACY_BATCH)
+            ours = answers(function, data["test"], CPU, batch)
         difference, same = (ours == labels).double() - (theirs == labels).double(), (ours == theirs).double().mean().item()
         points, half = difference.mean().item(), margin(difference)
         print(f"{len(labels):,} test images: {name} {points * 100:+.2f} points (95 % interval +- {half * 100:.2f}), ", end="")

@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import nn
 
-from m29_inference.int8 import quiet
+from m29_inference.int8 import has_vnni, quiet
 
 
 class PlainAttention(nn.Module):
@@ -50,5 +50,5 @@ def dynamic_int8(network: nn.Module) -> nn.Module:
 
     copied = copy.deepcopy(network).eval()
     with quiet():
-        quantize_(copied, Int8DynamicActivationInt8WeightConfig())
+        quantize_(copied, Int8DynamicActivationInt8WeightConfig(reduce_range=not has_vnni()))
     return copied

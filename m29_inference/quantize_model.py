@@ -23,9 +23,12 @@ from common import InputError, measure_alternately, print_table, save_figure
 from m29_inference import quantize
 from m29_inference.architectures import build, fitting_batch, published_resolution, uses_attention
 from m29_inference.int8 import (
+    check_graph_file,
     compile_to_file,
     first_line,
     has_compiler,
+    has_vnni,
+    import_quantizer,
     int8_calls,
     load_compiled,
     load_graph,
@@ -39,7 +42,6 @@ from m29_inference.quantize_peers import convert_for_peers, load_peers
 from m29_inference.quantize_report import plot_speed, say
 from m29_inference.student import student_and_data
 from m29_inference.training import CPU, fast_format
-from machine import cpu_has
 
 REPEATS = 9
 
@@ -86,8 +88,9 @@ def say_what_is_missing() -> None:
     """What this machine lacks for int8 to be fast."""
     if not has_compiler():
         print(f"{why_not_compiled()}: int8 is the graph, not compiled; that shows accuracy, no speed.")
-    if not (cpu_has("avx512_vnni") or cpu_has("avx_vnni")):
-        print("This processor has no instructions for sums of int8 products (VNNI): int8 gains little but the smaller size.")
+    if not has_vnni():
+        print("torch finds no instructions for sums of int8 products (VNNI) here: int8 gains little but the smaller size, ", end="")
+        print("and activations are kept in 7 bits, so that no sum overflows.")
     if not fast_format(torch.device("cpu"))["enabled"]:
         print("compiled bfloat16 is left out: this processor has no instructions for it")
 
@@ -96,8 +99,8 @@ def find_variants(network: nn.Module, int8: nn.Module, quick: bool) -> dict[str,
     """What is compiled, by name: float32, bfloat16 where the processor has it, and the ways to int8."""
     if not has_compiler():
         return {"int8, not compiled": int8}
-    if quick:
-        return {"compiled float32": network, "int8": int8}
+    if quick:  # one to compile
+        return {"int8": int8}
     variants = {"compiled float32": network}
     if fast_format(torch.device("cpu"))["enabled"]:
         variants["compiled bfloat16"] = InBfloat16(network)
@@ -145,16 +148,30 @@ def time_variants(args, network: nn.Module, variants: dict, others: dict, images
             progress.update()
         calls |= load_peers(others, images)
         with torch.inference_mode():
-            outputs = {name: call().float() for name, call in calls.items()}
+            differences = compare_outputs({name: call().float() for name, call in calls.items()})
             timings = measure_alternately(calls, CPU, REPEATS)
     rows = []
     for name in calls:
         runs = [theirs / own for theirs, own in zip(timings["eager"].runs_ms, timings[name].runs_ms, strict=True)]
         row = {"model": args.model, "variant": name, "batch": len(images), "threads": torch.get_num_threads()}
         row |= {"latency_ms": timings[name].median_ms, "latency_sd_ms": timings[name].sd_ms}
-        row |= {"x_eager": statistics.median(runs), "relative_difference": relative(outputs[name], outputs["eager"])}
+        row |= {"x_eager": statistics.median(runs), "relative_difference": differences[name]}
         rows.append(row | {"int8_operations": counts.get(name) if "int8" in name else None, "runs_ms": timings[name].runs_ms})
     return rows
+
+
+def compare_outputs(outputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The relative difference of each variant's output from eager float32's, before anything is timed.
+
+    RuntimeError where other float32 code computes something else; a warning where few bits leave little of what it was.
+    """
+    differences = {name: relative(output, outputs["eager"]) for name, output in outputs.items()}
+    for name, difference in differences.items():
+        if name in ("channels_last", "compiled float32") and not difference < 1e-3:
+            raise RuntimeError(f"{name} computes something else than eager float32: relative difference {difference:.1e}")
+        if not difference < 0.2:
+            tqdm.write(f"warning: {name} is off by {difference:.0%}: however fast it is, it is no longer this network")
+    return differences
 
 
 def time_all(args, network: nn.Module, variants: dict, calibration: list[torch.Tensor]) -> list[dict]:
@@ -174,6 +191,9 @@ def time_all(args, network: nn.Module, variants: dict, calibration: list[torch.T
 
 def compare(args) -> list[dict]:
     """Convert, save, time, count right answers; table, verdicts, figure."""
+    import_quantizer()
+    if args.load:
+        check_graph_file(args.load)
     network, calibration, data = load_network(args)
     say_what_is_missing()
     images = sum(len(batch) for batch in calibration)

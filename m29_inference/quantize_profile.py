@@ -78,6 +78,8 @@ def profile_rows(network: nn.Module, int8: nn.Module, images: torch.Tensor, repe
     """A row for each marked call, and one for what lies between: median milliseconds of a batch, GMACs, their rate, share of the time."""
     work = gmacs_by_layer(network, images)
     whole, runs, calls = measure(int8, images, repeats)
+    if not calls:
+        raise InputError("the compiled code contains no int8 operation, torch has none for this processor: there is nothing to profile")
     layers, rows = iter(layers_of_calls(calls, list(work))), []
     for same in zip(*runs, strict=True):  # one call, in every run
         name, ms = same[0][0], statistics.median(ms for _, ms in same)

@@ -9,6 +9,7 @@ and lets the launcher start them again. It must end with exit code 0 and the par
 have gone on from a checkpoint at most `-every` steps old. For Linux and macOS.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from common import new_parser, non_negative_int, parse
 
 STEPS, EVERY = 40, 5
-FLAGS = ["-steps", str(STEPS), "-widths", "8", "16", "32", "-num_threads", "1"]
+FLAGS = ["-steps", str(STEPS), "-widths", "8", "16", "32", "-num_threads", "1", "-device", "cpu"]
 
 
 def command(script: str, launcher: str, flags: list[str]) -> list[str]:
@@ -59,8 +60,12 @@ class Run:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train; beside them multiprocessing keeps one that cleans up, and torchrun is a parent itself."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in family if "resource_tracker" not in " ".join(child.cmdline())]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # has ended just now
+                if "resource_tracker" not in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     def end(self) -> str:
         code = self.process.wait(timeout=180)

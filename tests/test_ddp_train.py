@@ -177,8 +177,12 @@ def test_the_benchmark_measures_processes_against_threads(run_script, tmp_path):
     assert Image.open(tmp_path / "ddp_train_speedup.png").size[0] > 1000
 
 
-def test_the_benchmark_refuses_widths_that_no_process_could_use(check_refusals):
-    check_refusals(SCRIPT, {("-quick", "-benchmark", "-widths", "9", "9", "9"): (1, "a stage of 9 channels cannot be normalized")})
+def test_the_benchmark_refuses_what_it_could_not_use(check_refusals):
+    idle = ("-benchmark", "-bf16", "-accumulate", "2")
+    said = "argument -accumulate, -bf16: has no effect with -benchmark"
+    check_refusals(
+        SCRIPT, {("-quick", "-benchmark", "-widths", "9", "9", "9"): (1, "a stage of 9 channels cannot be normalized"), idle: (2, said)}
+    )
 
 
 def test_a_process_of_the_benchmark_that_ended_is_a_sentence():
@@ -474,6 +478,8 @@ def test_a_write_that_really_comes_up_short_is_survived(saved, capsys):
         (["-accumulate", "0"], "argument -accumulate: '0' is not allowed"),
         (["-max_restarts", "-1"], "argument -max_restarts: '-1' is not allowed: a whole number of at least 0"),
         (["-backend", "mpi"], "argument -backend: invalid choice: 'mpi'"),
+        (["-lr", "-1"], "argument -lr: '-1' is not allowed: a number above 0 is expected"),
+        (["-lr", "nan"], "argument -lr: 'nan' is not allowed: a number above 0 is expected"),
     ],
 )
 def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
@@ -517,7 +523,7 @@ def test_what_all_ranks_refuse_is_said_once(run_script):
         ("cuda", 1, [], ("cuda", "nccl", 1)),
         ("cuda", 4, [], ("cuda", "nccl", 2)),
         ("cuda", 1, ["-nproc", 2, "-backend", "gloo"], ("cuda", "gloo", 2)),
-        ("cuda", 1, ["-nproc", 2], "nccl wants a GPU for each of the 2 processes, this machine has 1 GPU"),
+        ("cuda", 1, ["-nproc", 2], "nccl wants a GPU for each of the 2 processes, this machine has 1 GPU: start fewer"),
     ],
 )
 def test_device_backend_and_processes_fit_together(monkeypatch, device, gpus, flags, settled):

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import ConvNet, Images, normalize, stratified
+from cifar10 import ConvNet, Images, load_cifar10, normalize, stratified
 from common import DATA, ROOT, InputError
 from data.sample import SAMPLE_CLASSES, cifar10_sample
-from m29_inference import distill, training
+from m29_inference import distill, student, training
 from m29_inference import teacher as teachers
 from m29_inference.distill import distillation_loss, mixed_loss
 from m29_inference.distill_report import gain
@@ -207,24 +207,27 @@ def test_a_file_of_other_widths_is_not_taken(tmp_path):
     assert torch.load(file, weights_only=True)["network"]["stages.1.conv1.weight"].shape == (16, 8, 3, 3)
 
 
-def test_kill_9_and_again(start_script, run_script, results, tmp_path):
+def test_kill_9_and_again(start_script, run_script, results, tmp_path, monkeypatch):
     flags = ("-quick", "-widths", "8", "8", "8", "-num_threads", "1", "-data", str(cifar10_sample()))
-    accuracies = []
-    for number, killed in enumerate((False, True)):
-        place = {"COURSE_DATA": str(tmp_path / str(number))}
-        if killed:
-            process, file = start_script("m29_inference/student.py", *flags, **place), tmp_path / str(number) / "students"
-            while not list(file.glob("[!.]*.pt")):  # nor the one that is being written
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.kill()
-            process.wait()
-        done = run_script("m29_inference/student.py", *flags, **place)
-        assert done.returncode == 0 and ("trained before" in done.stdout) == killed, done.stderr
-        rows = json.loads((results / "student.json").read_text())["rows"]
-        accuracies.append([(row["epoch"], row["loss"], row["accuracy"]) for row in rows[:-1]])
-        assert rows[-1]["x_plain"] > 0 and (results / "student_accuracy.png").exists()
-    assert accuracies[0] == accuracies[1] and [epoch for epoch, *_ in accuracies[0]] == [1, 2]
+    place = {"COURSE_DATA": str(tmp_path / "killed")}
+    process, folder = start_script("m29_inference/student.py", *flags, **place), tmp_path / "killed" / "students"
+    while not list(folder.glob("[!.]*.pt")):  # nor the one that is being written
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = run_script("m29_inference/student.py", *flags, **place)
+    assert done.returncode == 0 and "trained before" in done.stdout, done.stderr
+    *rows, speed = json.loads((results / "student.json").read_text())["rows"]
+    assert speed["x_plain"] > 0 and (results / "student_accuracy.png").exists()
+
+    monkeypatch.setattr(training, "DATA", tmp_path / "whole")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _, undisturbed = student.trained_student(student.quick_part(load_cifar10(str(cifar10_sample()))), 2, 0, CPU, (8, 8, 8))
+    torch.set_num_threads(threads)
+    kept = ("epoch", "loss", "accuracy")
+    assert [[row[key] for key in kept] for row in rows] == [[row[key] for key in kept] for row in undisturbed] and len(rows) == 2
 
 
 def test_as_many_of_each_class():
@@ -435,10 +438,21 @@ def test_the_run_of_a_learner(run_script, results):
     assert "95 % interval" in done.stdout and "is a bit of a" in done.stdout
     assert re.search(r"a distilled step takes \d\.\d+ times as long as a plain one", done.stdout)
     assert all((results / f"distill_{name}.png").exists() for name in ("curves", "knowledge"))
-    swept = run_script(SCRIPT, "-quick", "-sweep", "-epochs", "1")
-    assert swept.returncode == 0, swept.stderr
-    rows = json.loads((results / "distill.json").read_text())["rows"]
-    assert len({(row.get("temperature"), row.get("alpha")) for row in rows}) == 3 and (results / "distill_sweep.png").exists()
+
+
+def test_the_sweep_tries_temperatures_and_alphas(monkeypatch, tmp_path):
+    monkeypatch.setattr("common.RESULTS", tmp_path)
+    given = {
+        "data": None,
+        "teacher": "train",
+        "teacher_epochs": None,
+        "min_teacher_accuracy": 0.0,
+        "views": None,
+        "limit": None,
+        "widths": None,
+    }
+    rows = distill.main(Namespace(**given, epochs=1, seeds=[0], seed=0, sweep=True, quick=True, show=False, device=CPU))
+    assert len({(row.get("temperature"), row.get("alpha")) for row in rows}) == 3 and (tmp_path / "distill_sweep.png").exists()
 
 
 def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(start_script, run_script, results, tmp_path, monkeypatch):

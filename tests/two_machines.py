@@ -32,7 +32,7 @@ from common import InputError, new_parser, parse
 
 SCRIPT = ROOT / "m28_distributed_training" / "ddp_train.py"
 STEPS, EVERY, PATIENCE_S = 161, 7, 120  # 7: what SIGTERM saves, a multiple of 10, is no checkpoint of -every
-FLAGS = ["-steps", str(STEPS), "-widths", "16", "32", "64", "-num_threads", "1", "-micro_batches", "2"]
+FLAGS = ["-steps", str(STEPS), "-widths", "16", "32", "64", "-num_threads", "1", "-micro_batches", "2", "-device", "cpu"]
 SAVE = ["-checkpoint", "run.pt", "-every", str(EVERY), "-resume", "-timeout_s", "15"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
 ADDRESSES = {"machine-a": "10.77.0.1", "machine-b": "10.77.0.2"}
