@@ -2,7 +2,7 @@
 
     python tests/stress_ddp.py                       20 trials, half of them under torchrun
     python tests/stress_ddp.py -trials 4 -script fsdp_train.py
-    python tests/stress_ddp.py -trials 0 -exits 50   50 undisturbed runs: every exit code must be 0
+    python tests/stress_ddp.py -trials 0 -exits 50   50 undisturbed runs, half of them under torchrun: every exit code must be 0
 
 Each trial starts two processes, sends SIGKILL to one of them (in every third trial to the one that is just writing a checkpoint),
 and lets the launcher start them again. It must end with exit code 0 and the parameters' SHA-256 of an undisturbed run, and must
@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from common import new_parser, non_negative_int, parse
 
 STEPS, EVERY = 40, 5
+LAUNCHERS = ("nproc", "torchrun")
 FLAGS = ["-steps", str(STEPS), "-widths", "8", "16", "32", "-num_threads", "1", "-device", "cpu"]
 
 
@@ -81,7 +82,7 @@ def parameters_of(said: str) -> str:
 
 def kill_one(run: Run, file: Path, while_writing: bool, rng: random.Random) -> int:
     """SIGKILL one of the two processes at a random step, or the one that writes a checkpoint; the last step seen before that."""
-    target = rng.randrange(EVERY + 1, STEPS - 5)
+    target = rng.randrange(1, STEPS + 1)
     while run.step < target and run.process.poll() is None:
         time.sleep(0.001)
     while while_writing and run.process.poll() is None:
@@ -94,7 +95,8 @@ def kill_one(run: Run, file: Path, while_writing: bool, rng: random.Random) -> i
                 return target
             os.kill(writer, signal.SIGCONT)
     target = run.step
-    rng.choice(run.ranks()).kill()
+    with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # after the last step: it may have ended
+        rng.choice(run.ranks()).kill()
     return target
 
 
@@ -108,21 +110,22 @@ def trial(script: str, launcher: str, while_writing: bool, parameters: str, rng:
         said = run.end()
         resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", said)]
         assert parameters_of(said) == parameters, f"other parameters after a kill at step {killed}"
-        assert resumed and resumed[0] >= killed - EVERY, f"killed at step {killed}, resumed at {resumed}"
+        begun_anew = not resumed and killed <= EVERY  # there was no checkpoint yet
+        ended = not resumed and killed == STEPS  # all was done
+        assert begun_anew or ended or resumed[0] >= killed - EVERY, f"killed at step {killed}, resumed at {resumed}"
         assert not list(file.parent.glob(".*part*")), "a half-written checkpoint is left"
-        return max(0, killed - resumed[0])
+        return 0 if ended else max(0, killed - (resumed or [0])[0])
 
 
 def main(args) -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         parameters = parameters_of(Run(command(args.script, "nproc", []), Path(folder)).end())
-        for _ in tqdm(range(args.exits), "undisturbed runs"):
-            assert parameters_of(Run(command(args.script, "nproc", []), Path(folder)).end()) == parameters
+        for number in tqdm(range(args.exits), "undisturbed runs"):
+            assert parameters_of(Run(command(args.script, LAUNCHERS[number % 2], []), Path(folder)).end()) == parameters
     lost = []
     for number in tqdm(range(args.trials), "killed runs"):
-        launcher = ("nproc", "torchrun")[number % 2]
-        lost.append(trial(args.script, launcher, number % 3 == 2, parameters, rng))
+        lost.append(trial(args.script, LAUNCHERS[number % 2], number % 3 == 2, parameters, rng))
     if args.exits:
         print(f"{args.exits} undisturbed runs: exit code 0 and the same parameters in all")
     if lost:
