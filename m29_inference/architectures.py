@@ -49,11 +49,14 @@ TOLERANCE, ROUNDED = 0.005, 0.0005  # counts that differ by a larger share are m
 # ---- one network -----------------------------------------------------------------------------------------------------
 
 
-def build(name: str, pretrained: bool, device: torch.device) -> tuple[nn.Module, object]:
-    """A torchvision network in eval mode and the description of its published weights; downloads them only if asked to."""
+def build(name: str, pretrained: bool, device: torch.device, others: tuple[str, ...] = ()) -> tuple[nn.Module, object]:
+    """A torchvision network in eval mode and the description of its published weights; downloads them only if asked to.
+
+    InputError for an unknown name, with those that are like it; `others`: names that the script knows besides torchvision's.
+    """
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*others, *known], n=3, cutoff=0.5)
         raise InputError(f"torchvision has no network {name}{', did you mean ' + ' or '.join(near) if near else ''}")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:

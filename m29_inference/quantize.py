@@ -163,11 +163,11 @@ def main(args) -> list[dict]:
     if not 0 < args.clip <= 1:
         raise InputError(f"-clip {args.clip} is the share of the values inside the range: more than 0, at most 1")
     generator = torch.Generator().manual_seed(args.seed)
-    x = torch.randn(10_000 if args.quick else 1_000_000, generator=generator)
-    kept = x.abs().sort().values[int(args.clip * (len(x) - 1))]  # the range's border
-    scale, zero_point = scale_and_zero_point(-kept, kept, args.bits)
+    x = 1 + torch.randn(10_000 if args.quick else 1_000_000, generator=generator)  # not around 0, so that the zero point is not 0 either
+    low, high = (x.sort().values[round(part * (len(x) - 1))] for part in ((1 - args.clip) / 2, (1 + args.clip) / 2))
+    scale, zero_point = scale_and_zero_point(low, high, args.bits)
     q = quantize(x, scale, zero_point, args.bits)
-    inside, error = x.abs() <= kept, (dequantize(q, scale, zero_point) - x).abs() / scale
+    inside, error = (x >= low) & (x <= high), (dequantize(q, scale, zero_point) - x).abs() / scale
     print(f"{len(x):,} random numbers from {x.min():.3f} to {x.max():.3f}, first of them: {', '.join(f'{v:.4f}' for v in x[:4])}")
     print(f"scale {scale:.6f}, zero point {zero_point}; as {args.bits}-bit integers: {q[:4].tolist()}")
     back = ", ".join(f"{value:.4f}" for value in dequantize(q, scale, zero_point)[:4])

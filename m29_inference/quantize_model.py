@@ -57,7 +57,7 @@ def load_network(args) -> tuple[nn.Module, list[torch.Tensor], dict | None]:
         picked = torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(args.seed))[:n]
         images = normalize(data["train"].images[picked])
     else:
-        (network, weights), data = build(args.model, args.pretrained, CPU), None
+        (network, weights), data = build(args.model, args.pretrained, CPU, others=("student",)), None
         for module in network.modules():
             if isinstance(module, nn.Linear) and not module.weight.any():  # the head of an untrained Vision Transformer: all outputs 0
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -180,7 +180,7 @@ def time_all(args, network: nn.Module, variants: dict, calibration: list[torch.T
     batches = [fitting_batch(network, args.model, calibration[0].shape[-1], batch, CPU) for batch in batches]
     rows, images = [], torch.cat(calibration)
     total = len(variants) * len(batches) * len(threads)
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=total, desc="compiling") as progress:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tqdm(total=total, desc="compiling") as progress:
         others = convert_for_peers(network, calibration, Path(folder)) if args.peers else {}
         for count in threads:
             torch.set_num_threads(count)

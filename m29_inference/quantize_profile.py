@@ -109,7 +109,7 @@ def profile(args) -> list[dict]:
     print_table([{key: value for key, value in row.items() if key != "measured"} for row in rows])
     say(rows)
     save_figure(plot(rows, args.model), quantize.__file__, "profile", args, f"{setting}, median of {repeats} runs")
-    return rows
+    return [{"model": args.model, "batch": batch, "threads": args.threads[0], **row} for row in rows]
 
 
 def say(rows: list[dict]) -> None:

@@ -29,8 +29,9 @@ def say(rows: list[dict]) -> None:
         print(f"batch {batch}, {threads} thread{'s' * (threads > 1)}: {best['variant']} is")
         for row in others.values():
             print(f"  {against(best, row)}")
-        if best["latency_ms"] > fastest["latency_ms"]:
-            print(f"  so it does not pay here: take {fastest['variant']}")
+        for name, row in same.items():
+            if "int8" in name and row not in peers and "slower" in (said := against(row, fastest)):
+                print(f"  {name} does not pay here: {said}")
 
 
 def plot_speed(rows: list[dict]) -> plt.Figure:
