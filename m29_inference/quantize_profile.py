@@ -21,7 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from common import InputError, measure_alternately, print_table, save_figure
 from m29_inference import quantize
 from m29_inference.architectures import fitting_batch
-from m29_inference.int8 import compile_to_file, first_line, has_compiler, int8_calls, load_compiled, quantize_network, why_not_compiled
+from m29_inference.int8 import (
+    compile_to_file,
+    first_line,
+    has_compiler,
+    int8_calls,
+    load_compiled,
+    quantize_network,
+    quiet,
+    why_not_compiled,
+)
 from m29_inference.macs import gmacs_by_layer
 from m29_inference.quantize_linear import with_plain_attention
 from m29_inference.quantize_model import load_network
@@ -49,7 +58,7 @@ def layers_of_calls(calls: list[str], layers: list[str]) -> list[str]:
 def marked_runs(function, images: torch.Tensor, repeats: int) -> list[list]:
     """What torch.profiler saw of each of `repeats` runs: (name, milliseconds) of each marked call, the same calls in every run."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library would talk about the GPU that is not there
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(repeats):
             function(images)
     events = sorted((event for event in profile.events() if event.cpu_parent is None), key=lambda event: event.time_range.start)
