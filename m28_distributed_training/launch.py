@@ -112,10 +112,12 @@ def run_processes(worker, args) -> bool:
             names = [f"rank {rank}" for rank in range(args.nproc)]
             ranks = [context.Process(target=run_rank, args=(worker, args, rank, store), name=name) for rank, name in enumerate(names)]
             meant = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit that, and stay silent at Ctrl-C while they import torch
+            signal.signal(signal.SIGTERM, lambda *_, ranks=ranks: told.append([process.terminate() for process in ranks if process.pid]))
             for process in ranks:
                 process.start()
+                if told:  # while it was started
+                    process.terminate()
             signal.signal(signal.SIGINT, meant)
-            signal.signal(signal.SIGTERM, lambda *_, ranks=ranks: told.append([process.terminate() for process in ranks]))
             try:
                 first = watch(ranks)
             finally:
