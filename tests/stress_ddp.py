@@ -112,7 +112,7 @@ def trial(script: str, launcher: str, while_writing: bool, parameters: str, rng:
         assert parameters_of(said) == parameters, f"other parameters after a kill at step {killed}"
         begun_anew = not resumed and killed <= EVERY  # there was no checkpoint yet
         ended = not resumed and killed == STEPS  # all was done
-        assert begun_anew or ended or resumed[0] >= killed - EVERY, f"killed at step {killed}, resumed at {resumed}"
+        assert begun_anew or ended or (resumed and resumed[0] >= killed - EVERY), f"killed at step {killed}, resumed at {resumed}"
         assert not list(file.parent.glob(".*part*")), "a half-written checkpoint is left"
         return 0 if ended else max(0, killed - (resumed or [0])[0])
 
