@@ -94,6 +94,7 @@ def from_sample(folder: Path, split: str) -> Images:
 def from_datasets(source: str) -> dict[str, Images]:
     """Through the library `datasets`: an id of the hub, or a folder of parquet files with the columns img and label."""
     here = Path(source).exists()
+    source = HUB_ID if source == "cifar10" and not here else source  # as older tutorials call it
     hint = f"give a folder of parquet files, {HUB_ID}, or leave -data out"
     if not here and not hub_reached() and not fetched_before(source, "datasets"):
         raise InputError(f"-data {source}: no such folder, and the Hugging Face hub cannot be reached; {hint}")
@@ -116,7 +117,7 @@ def hub_reached() -> bool:
 
     With it they find at once what was fetched before; without it they would try for half a minute.
     """
-    if not (reached := online(HUB)):
+    if not (reached := online(os.environ.get("HF_ENDPOINT") or HUB)):  # its libraries' variable for a mirror
         os.environ["HF_HUB_OFFLINE"] = "1"
     return reached
 
@@ -136,19 +137,30 @@ def class_name(text: str) -> str:
 
 
 def from_rows(found, split: str, source: str) -> Images:
-    """Decode one split of a `datasets.DatasetDict` once, after its columns and label names were checked."""
+    """Decode one split of a `datasets.DatasetDict` once, after its columns and labels were checked."""
     if split not in found:
         raise InputError(f"-data {source} has no split {split!r}, it has: {', '.join(found)}")
     rows = found[split]
     if missing := {"img", "label"} - set(rows.column_names):
         columns = ", ".join(rows.column_names)
         raise InputError(f"-data {source} has no column {' and '.join(sorted(missing))}, it has: {columns}; CIFAR-10 has img and label")
-    classes = tuple(getattr(rows.features["label"], "names", None) or map(str, sorted(set(rows["label"]))))
-    images, labels = decode_once(rows)
+    classes, labels = number_labels(rows, source)
+    images = decode_once(rows, source)
     if images.shape[1:] != (3, 32, 32) or len(classes) != 10:
         height, width = images.shape[2:]
         raise InputError(f"-data {source} holds {width}x{height} images of {len(classes)} classes: 32x32 images of 10 are expected")
-    return Images(torch.from_numpy(images), torch.from_numpy(labels), classes, name_by_classes(source, split, classes))
+    return Images(torch.from_numpy(images), labels, classes, name_by_classes(source, split, classes))
+
+
+def number_labels(rows, source: str) -> tuple[tuple[str, ...], torch.Tensor]:
+    """The names of the classes, and the number of each row's, int64 (n,); the column may hold numbers from 0 on, others, or names."""
+    values, names = list(rows["label"]), getattr(rows.features["label"], "names", None)
+    kinds = range(len(names)) if names else sorted({value for value in values if value is not None})
+    number = {kind: place for place, kind in enumerate(kinds)}
+    if unknown := [place for place, value in enumerate(values) if value not in number]:
+        label = values[unknown[0]]
+        raise InputError(f"-data {source}: row {unknown[0]:,} has the label {label}, which is none of the {len(number)} classes")
+    return tuple(names or map(str, kinds)), torch.tensor([number[value] for value in values])
 
 
 def name_by_classes(source: str, split: str, classes: tuple[str, ...]) -> str:
@@ -161,18 +173,23 @@ def name_by_classes(source: str, split: str, classes: tuple[str, ...]) -> str:
     return name
 
 
-def decode_once(rows) -> tuple[np.ndarray, np.ndarray]:
-    """All images of a `datasets.Dataset`, uint8 (n, 3, height, width), and labels, int64 (n,); kept on disk, as decoding takes seconds."""
+def decode_once(rows, source: str) -> np.ndarray:
+    """All images of a `datasets.Dataset`, uint8 (n, 3, height, width); kept on disk, as decoding takes seconds."""
     file = DATA / "decoded_cifar10" / f"{rows._fingerprint}.npz"  # of the rows' content and history, made by the library
     with contextlib.suppress(*DAMAGED), np.load(file) as arrays:
-        return arrays["images"], arrays["labels"]
-    pictures = [np.asarray(image.convert("RGB")) for image in tqdm(rows["img"], f"decoding {len(rows):,} images", leave=False)]
+        return arrays["images"]
+    pictures = []
+    try:
+        for image in tqdm(rows["img"], f"decoding {len(rows):,} images", leave=False):
+            pictures.append(np.asarray(image.convert("RGB")))
+    except (OSError, SyntaxError, ValueError, AttributeError) as error:  # Pillow's, and that of something that is no image
+        raise InputError(f"-data {source}: image {len(pictures):,} cannot be read ({str(error).splitlines()[0][:100]})") from error
     if len({picture.shape for picture in pictures}) > 1:
-        raise InputError("the images of -data differ in size: 32x32 images are expected")
-    images, labels = np.stack(pictures).transpose(0, 3, 1, 2).copy(), np.array(rows["label"], np.int64)
+        raise InputError(f"the images of -data {source} differ in size: 32x32 images are expected")
+    images = np.stack(pictures).transpose(0, 3, 1, 2).copy()
     with contextlib.suppress(OSError, InputError), atomic_path(file) as temporary:  # no place to keep them is no reason to stop
-        np.savez(temporary, images=images, labels=labels)
-    return images, labels
+        np.savez(temporary, images=images)
+    return images
 
 
 def stratified(data: Images, n: int) -> Images:
@@ -201,7 +218,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, indices: torch.Tensor, seed: int, epoch: int, n: int) -> torch.Tensor:
-    """Shift each image by up to 2 pixels (edges mirrored) and flip every other one; a pure function of (seed, epoch, index).
+    """Shift each image by up to 2 pixels (edges mirrored) and flip half of them; a pure function of (seed, epoch, index).
 
     `images` are those at `indices` of n training images, in any type. Which process asks, and with which others in the batch,
     changes nothing: that is what makes training on 1 and on N processes comparable, and an interrupted run resumable.

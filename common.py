@@ -30,6 +30,7 @@ import tempfile
 import textwrap
 import time
 import traceback
+import zipfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -307,6 +308,13 @@ def atomic_path(path: Path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_zip(file: Path) -> None:
+    """Raise zipfile.BadZipFile where a part of what torch.save wrote is no longer what its checksum says: torch.load does not look."""
+    with zipfile.ZipFile(file) as parts:
+        if parts.testzip() or any(part.external_attr & 0x10 for part in parts.infolist()):  # 0x10: a folder, which torch reads as zeros
+            raise zipfile.BadZipFile(f"{file} is damaged")
 
 
 def remove_left(folder: Path, names: str) -> None:

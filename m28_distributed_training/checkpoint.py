@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, atomic_path, positive_int
+from common import InputError, atomic_path, check_zip, positive_int
 from m28_distributed_training.launch import local_rank
 
 FORMAT = "course-m28-checkpoint-1"
@@ -81,9 +81,7 @@ def read_checkpoint(file: Path) -> dict | str | None:
     if not file.exists():
         return None
     try:
-        with zipfile.ZipFile(file) as parts:  # torch.load takes flipped bits for parameters: it skips the checksums torch.save wrote
-            if parts.testzip() or any(part.external_attr & 0x10 for part in parts.infolist()):  # 0x10: a folder, which it reads as zeros
-                raise zipfile.BadZipFile
+        check_zip(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         return f"-checkpoint {file} cannot be read ({error.strerror})"

@@ -2,10 +2,11 @@
 
     python m29_inference/distill.py                              our own teacher; students alone and distilled, two seeds each
     python m29_inference/distill.py -data FOLDER -seeds 0 1 2    on the real CIFAR-10, three seeds
-    python m29_inference/distill.py -teacher aaraki/vit-base-patch16-224-in21k-finetuned-cifar10 -limit 10000
+    python m29_inference/distill.py -data uoft-cs/cifar10 -limit 10000 -teacher aaraki/vit-base-patch16-224-in21k-finetuned-cifar10
                                                                  the course's Vision Transformer as the teacher, a fifth of the images
+    python m29_inference/distill.py -losses                      the loss written wrong in four ways that raise no error
     python m29_inference/distill.py -sweep -epochs 4             which temperature, which alpha?
-    torchrun --nproc-per-node 2 m29_inference/distill.py -teacher FOLDER
+    torchrun --nproc-per-node 2 m29_inference/distill.py -data FOLDER -teacher FOLDER
                                                                  only computes the teacher's logits, in two processes
 
 A label says "cat". The teacher says "cat, perhaps a dog, surely no truck": its logits, divided by a temperature T > 1 to make the small
@@ -23,6 +24,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -69,14 +71,14 @@ def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature:
     return temperature**2 * divergence.mean()
 
 
-def mixed_loss(logits, labels, indices, epoch, views: dict[int, torch.Tensor], args) -> torch.Tensor:
+def mixed_loss(logits, labels, indices, epoch, views: dict[int, torch.Tensor], args, soft=distillation_loss) -> torch.Tensor:
     """alpha of it is about the teacher's opinion of these images as this epoch shows them, the rest about the labels; a scalar."""
     teacher = views[epoch if epoch in views else UNCHANGED][indices].float().to(logits.device)
     hard = hard_loss(logits, labels, indices, epoch)
-    return args.alpha * distillation_loss(logits, teacher, args.temperature) + (1 - args.alpha) * hard
+    return args.alpha * soft(logits, teacher, args.temperature) + (1 - args.alpha) * hard
 
 
-LOSS_CODE = [inspect.getsource(part) for part in (distillation_loss, mixed_loss)]  # other losses, other trainings
+LOSS_CODE = inspect.getsource(mixed_loss)  # another loss, another training
 
 
 # ---- teacher and students --------------------------------------------------------------------------------------------
@@ -85,12 +87,12 @@ LOSS_CODE = [inspect.getsource(part) for part in (distillation_loss, mixed_loss)
 def find_teacher(args, data: dict[str, Images], real: bool, pretrained) -> Teacher:
     """The teacher, after its accuracy was measured; InputError when that is less than -min_teacher_accuracy."""
     if pretrained:
-        teacher = pretrained_teacher(args.teacher, *pretrained, data["test"].classes, args.device)
+        teacher = pretrained_teacher(args.teacher, *pretrained, data["test"], args.device)
     elif real:
         teacher = own_teacher(data, TEACHER_WIDTHS, args.teacher_epochs, args.seed, args.device)
     else:
         teacher = own_teacher(data, WIDTHS, args.teacher_epochs or (4 if args.quick else EPOCHS), args.seed, args.device)
-    some = data["test"][:GATE]
+    some = stratified(data["test"], min(GATE, len(data["test"])))
     parts = tqdm(some.images.split(teacher.batch), "measuring the teacher", unit="batch", leave=False)
     reached = (torch.cat([teacher.logits(part) for part in parts]).argmax(1) == some.labels).double().mean().item()
     print(f"{teacher.name}: {reached:.1%} of {len(some)} test images right")
@@ -103,13 +105,13 @@ def find_teacher(args, data: dict[str, Images], real: bool, pretrained) -> Teach
 
 
 def train_student(
-    args, data: dict[str, Images], seed: int, epochs: int | None, views: dict | None, key: str
+    args, data: dict[str, Images], seed: int, epochs: int | None, views: dict | None, key: str, soft=distillation_loss
 ) -> tuple[nn.Module, list[dict]]:
     """A student from the first weights of `seed`, distilled where there are views, else alone; the network and a row an epoch."""
     print(f"student {f'distilled at T = {args.temperature:g}, alpha = {args.alpha:g}' if views else 'alone'}, seed {seed}", flush=True)
     network = new_network(args.widths, data["train"], seed)
-    loss_of = partial(mixed_loss, views=views, args=args) if views else hard_loss
-    setting = (LOSS_CODE, key, args.temperature, args.alpha) if views else "alone"
+    loss_of = partial(mixed_loss, views=views, args=args, soft=soft) if views else hard_loss
+    setting = (LOSS_CODE, inspect.getsource(soft), key, args.temperature, args.alpha) if views else "alone"
     file = training_file(data, args.device, tuple(args.widths), epochs, seed, setting)
     rows = train(network, data["train"], epochs, seed, args.device, loss_of=loss_of, views=0, test=data["test"], file=file)
     return network, rows
@@ -152,8 +154,7 @@ def compare(args, data: dict[str, Images], teacher: Teacher, epochs: int | None)
     say_cost({model: training_step(args.widths, data["train"], args.device, loss_of=loss) for model, loss in losses.items()}, args.device)
     note = f"{len(args.seeds)} seeds, {len(data['train']):,} images of {data['train'].name}"
     save_figure(plot_curves(curves, table[0]["accuracy"]), __file__, "curves", args, note)
-    some = answers[: 5 * GATE]
-    save_figure(plot_knowledge(data["test"], some, args.temperature), __file__, "knowledge", args, f"{len(some):,} test images")
+    save_figure(plot_knowledge(data["test"], answers, args.temperature), __file__, "knowledge", args, f"{len(answers):,} test images")
     return table
 
 
@@ -186,13 +187,30 @@ def main(args) -> list[dict]:
     real = data["train"].name != SAMPLE_NAME and not args.quick
     epochs = args.epochs or (None if real else 2 if args.quick else SAMPLE_EPOCHS)
     args.widths = args.widths or (WIDTHS if real else SMALL_WIDTHS)
+    if under_torchrun():
+        share_logits(args, data, views_of(args, epochs), pretrained)
     teacher = find_teacher(args, data, real, pretrained)
-    if "RANK" in os.environ:
-        rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-        for split, views in {"train": views_of(args, epochs), "test": [UNCHANGED]}.items():
-            compute_logits(teacher, data[split], views, cache_folder(teacher, data[split]), rank, processes)
-        sys.exit()
+    if args.losses:
+        from m29_inference.distill_losses import compare_losses  # which imports this file
+
+        return compare_losses(args, data, teacher, epochs)
     return (sweep if args.sweep else compare)(args, data, teacher, epochs)
+
+
+def under_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def share_logits(args, data: dict[str, Images], views: list[int], pretrained) -> NoReturn:
+    """Compute this process's part of the teacher's logits, and end."""
+    if not pretrained:
+        raise InputError("-teacher train: every process would train it anew; it answers fast, so run without torchrun")
+    rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    teacher = find_teacher(args, data, True, pretrained)
+    for split, its_views in {"train": views, "test": [UNCHANGED]}.items():
+        compute_logits(teacher, data[split], its_views, cache_folder(teacher, data[split]), rank, processes)
+    print(f"rank {rank} of {processes}: its part of the logits is on disk; when all are done, run the same without torchrun")
+    sys.exit()
 
 
 if __name__ == "__main__":
@@ -219,8 +237,15 @@ if __name__ == "__main__":
         help="show the teacher every epoch's augmented images, or each image once (default: once for -teacher ID)",
     )
     flag("-limit", type=positive_int, help="train on so many images, as many of each class (default: all)")
-    flag("-sweep", action="store_true", help="a student for each of some temperatures and alphas")
+    part = parser.add_mutually_exclusive_group().add_argument
+    part("-sweep", action="store_true", help="a student for each of some temperatures and alphas")
+    part("-losses", action="store_true", help="a student for each of some losses, four of which are wrong")
     args = parse(parser)
+    mode = next((f"-{name}" for name in ("sweep", "losses") if getattr(args, name)), None)
+    if mode and args.seeds != parser.get_default("seeds"):
+        parser.error(f"argument -seeds: has no effect with {mode}, whose students all have the first weights of seed 0")
+    if args.teacher_epochs and args.teacher != "train":
+        parser.error("argument -teacher_epochs: of our own teacher, so it has no effect with -teacher")
     if len(args.seeds) < 2 or len(set(args.seeds)) < len(args.seeds):
         parser.error("argument -seeds: at least two are needed to tell a gain from chance, each another one")
     rows = main(args)

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import InputError, atomic_path
+from common import InputError, atomic_path, check_zip
 from machine import cpu_has
 
 ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=4096)},)
@@ -231,9 +231,7 @@ def load_graph(file: Path) -> nn.Module:
     import_quantizer()
     check_graph_file(file)
     try:
-        with zipfile.ZipFile(file) as parts:  # torch reads on over flipped bits: it skips the checksums
-            if parts.testzip():
-                raise zipfile.BadZipFile
+        check_zip(file)
         with quiet():
             return torch.export.load(file).module()
     except Exception as error:  # zipfile's, json's and torch's own

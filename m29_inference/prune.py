@@ -21,7 +21,7 @@ from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import parse, positive_int, print_table, save_results, share
-from m29_inference.student import cpu_parser, student_and_data
+from m29_inference.student import copy_of, cpu_parser, student_and_data
 from m29_inference.training import accuracy
 
 
@@ -52,7 +52,7 @@ def prunable(network: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def sparsity(module: nn.Module, name: str = "weight") -> float:
-    """Share of zeros in what the layer computes with. Counted over parameters() it would be 0: the zeros are in the mask."""
+    """Share of zeros in what the layer computes with."""
     values = getattr(module, name)
     return (values == 0).double().mean().item()
 
@@ -102,11 +102,13 @@ def whole_net(amount: float) -> None:
 
 
 def traps() -> None:
-    """Three that every user steps into once: what `amount` means, deepcopy, the memory layout."""
+    """Four that every user steps into once: what `amount` means, where the zeros are, deepcopy, the memory layout."""
     for amount, kind in ((1, "an int is a count"), (1.0, "a float is a share")):
         net = LeNet()
         prune.random_unstructured(net.fc3, name="weight", amount=amount)
         print(f"amount={amount}: {int((net.fc3.weight == 0).sum())} of {net.fc3.weight.numel()} weights, {kind}")
+    counted = sum(int((values == 0).sum()) for values in net.parameters())
+    print(f"zeros in its parameters(): {counted}, in what fc3 computes with: {int((net.fc3.weight == 0).sum())}. They come from the mask")
     print(f"copy.deepcopy of a pruned network: {refusal(copy.deepcopy, net)}. Copy before, or build it anew and load its state_dict")
     net = LeNet().to(memory_format=torch.channels_last)
     layers = [(module, "weight") for _, module in prunable(net)]
@@ -123,9 +125,8 @@ def refusal(function, *values, **options) -> str:
     return "works with this torch"
 
 
-def by_kind() -> list[dict]:
-    """Convolutions and linear layers differently: the latter hold most weights and miss them least."""
-    net = LeNet()
+def by_kind(net: nn.Module) -> list[dict]:
+    """Convolutions and linear layers differently: in LeNet the latter hold most weights."""
     for _, module in prunable(net):
         if isinstance(module, nn.Conv2d):
             prune.l1_unstructured(module, name="weight", amount=0.2)
@@ -134,7 +135,6 @@ def by_kind() -> list[dict]:
     print("20 % of each convolution by size, 40 % of each linear layer at random")
     rows = sparsity_by_layer(net)
     print_table(rows)
-    print()
     return rows
 
 
@@ -150,6 +150,8 @@ def all_together(net: nn.Module, amount: float) -> list[dict]:
 def remove_masks(net: nn.Module) -> None:
     for _, module in prunable(net):
         prune.remove(module, "weight")
+        with torch.no_grad():
+            module.weight += 0.0  # the mask made -0.0 of negative weights, which is another pattern of bits than 0.0
 
 
 def make_permanent(net: nn.Module) -> None:
@@ -178,17 +180,22 @@ def main(args) -> list[dict]:
     one_layer(net, args.amount)
     whole_net(args.amount)
     traps()
-    by_kind()
+    by_kind(LeNet())
     network, data = student_and_data(args)
-    rows = [{"method": "none", "sparsity": 0.0, "accuracy": accuracy(network, data["test"])}]
+    trained = copy_of(network)
+
+    def row(method: str, net: nn.Module) -> dict:
+        return {"method": method, "sparsity": sparsity_by_layer(net)[-1]["sparsity"], "accuracy": accuracy(net, data["test"])}
+
+    rows = [row("none", network)]
     print(f"\nthe trained student on {data['test'].name}, before: {rows[0]['accuracy']:.2%} right")
-    rows.append(
-        {"method": "global", "sparsity": all_together(network, args.amount)[-1]["sparsity"], "accuracy": accuracy(network, data["test"])}
-    )
-    make_permanent(network)
-    rows.append(
-        {"method": "global, removed", "sparsity": sparsity_by_layer(network)[-1]["sparsity"], "accuracy": accuracy(network, data["test"])}
-    )
+    by_kind(network)
+    rows.append(row("by kind", network))
+    print()
+    all_together(trained, args.amount)
+    rows.append(row("global", trained))
+    make_permanent(trained)
+    rows.append(row("global, removed", trained))
     print_table(rows)
     return rows
 

@@ -1,11 +1,12 @@
 """What `prune.py -accuracy` does: how many weights a trained network can lose, at once or step by step, before and after fine-tuning.
 
-All get the same fine-tuning, `-epochs` epochs altogether. The unpruned network gets it, too, because more training alone may help.
-"Iterative" prunes in STEPS steps with a part of the fine-tuning after each; where there are fewer epochs than steps, the last steps get
-them. Each step takes a share of what is left (half, and then half again, leaves a quarter), so the share is chosen for the steps to end
-at the sparsity asked for.
+All are fine-tuned for `-epochs` epochs altogether. The unpruned network is, too, because more training alone may help. "Iterative" prunes
+in STEPS steps with a part of the fine-tuning after each, in which the learning rate rises and falls anew; where there are fewer epochs
+than steps, the last steps get them. Each step takes a share of what is left (half, and then half again, leaves a quarter), so the share
+is chosen for the steps to end at the sparsity asked for.
 """
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from common import print_table, save_figure
 from m29_inference import prune as exercise
 from m29_inference.prune import prunable, sparsity_by_layer
 from m29_inference.student import copy_of, student_and_data
-from m29_inference.training import accuracy, train
+from m29_inference.training import CPU, accuracy, train, training_file
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 STEPS = 3
@@ -32,14 +33,28 @@ def prune_all(network: nn.Module, amount: float) -> None:
     """The smallest weights of the whole network become 0; `amount` is a share of those that are not 0 yet."""
     network.to(memory_format=torch.contiguous_format)  # training leaves it channels_last, which prune cannot flatten
     layers = [(module, "weight") for _, module in prunable(network)]
-    sizes = {layer: layer[0].weight.detach().contiguous() for layer in layers}
+    # weight_orig, where there is one: a step of training changes it, `weight` follows only in the next forward pass
+    sizes = {layer: getattr(layer[0], "weight_orig", layer[0].weight).detach().contiguous() for layer in layers}
     prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, importance_scores=sizes, amount=amount)
 
 
-def tune(network: nn.Module, data: dict, args, epochs: int, lr: float = LEARNING_RATE) -> None:
-    """Go on training, `lr` at first. Where there are masks, they hold the zeros: every forward pass computes `weight` from them anew."""
+def tune(network: nn.Module, data: dict, args, epochs: int, lr: float = LEARNING_RATE, part: int = 0) -> None:
+    """Go on training, at most at `lr`. Where there are masks, they hold the zeros: every forward pass computes `weight` from them anew.
+
+    It is kept after every epoch, as all trainings are. Each `part` of one fine-tuning has its own order of images and its own augmentation.
+    """
     if epochs:
-        train(network, data["train"], epochs, args.seed + 1, torch.device("cpu"), lr)
+        seed = args.seed + 1 + part
+        file = training_file(data, CPU, epochs, seed, lr, fingerprint(network))
+        train(network, data["train"], epochs, seed, CPU, lr, file=file)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Of all its numbers, the masks among them."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def one_shot(network: nn.Module, data: dict, args, sparsity: float) -> tuple[float, float]:
@@ -55,7 +70,7 @@ def iterative(network: nn.Module, data: dict, args, sparsity: float) -> tuple[No
     kept = (1 - sparsity) ** (1 / STEPS)  # of what is left, at each step
     for step in range(STEPS):
         prune_all(network, 1 - kept)
-        tune(network, data, args, (args.epochs + step) // STEPS)  # together all epochs; 1 of them: 0, 0, 1
+        tune(network, data, args, (args.epochs + step) // STEPS, part=step)  # together all epochs; 1 of them: 0, 0, 1
     return None, accuracy(network, data["test"])
 
 

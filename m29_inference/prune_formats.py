@@ -53,10 +53,15 @@ def sizes(network: nn.Module, folder: Path, sparsities: tuple[float, ...]) -> li
         for kind in FORMATS:
             size = save_sparse(state, folder / kind, kind)
             again = load_sparse(folder / kind, kind, shapes)
-            if not all(torch.equal(again[name], value) for name, value in state.items()):
+            if not all(same_bits(again[name], value) for name, value in state.items()):
                 raise RuntimeError(f"the format {kind} did not give back what was written")
             rows.append({"format": kind, "sparsity": sparsity, "size_mb": size / 1e6})
     return rows
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """torch.equal() takes -0.0 and 0.0 for the same."""
+    return torch.equal(one, other) and one.numpy().tobytes() == other.numpy().tobytes()
 
 
 def break_even(rows: list[dict], kind: str) -> float | None:

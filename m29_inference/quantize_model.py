@@ -89,8 +89,7 @@ def say_what_is_missing() -> None:
     if not has_compiler():
         print(f"{why_not_compiled()}: int8 is the graph, not compiled; that shows accuracy, no speed.")
     if not has_vnni():
-        print("torch finds no instructions for sums of int8 products (VNNI) here: int8 gains little but the smaller size, ", end="")
-        print("and activations are kept in 7 bits, so that no sum overflows.")
+        print("This processor adds up int8 products in 16 bits (torch finds no VNNI): activations are kept in 7, so that no sum overflows.")
     if not fast_format(torch.device("cpu"))["enabled"]:
         print("compiled bfloat16 is left out: this processor has no instructions for it")
 

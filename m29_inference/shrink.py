@@ -1,7 +1,7 @@
 """Cut whole channels out of a network: rank them, silence them, and remove them from every tensor that knows them.
 
-A channel of a convolution lives in four places: a filter of the convolution, one number in each of the normalization's four vectors, and
-a slice of every filter of the layer that reads it. The channel is gone only when all four are cut. Zeroing the filter alone is not even
+A channel of a convolution lives in three places: a filter of the convolution, one number in each of the normalization's four vectors, and
+a slice of every filter of the layer that reads it. The channel is gone only when all three are cut. Zeroing the filter alone is not even
 the same network: the normalization's bias (beta) still puts a constant into the channel.
 """
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from cifar10 import ConvNet
+from common import InputError
 
 
 @dataclass
@@ -36,8 +38,15 @@ def links(network: nn.Module) -> list[Link]:
             places.append(Link(f"stages.{number}.conv1", stage.conv1, stage.norm1, stage.conv2))
             places.append(Link(f"stages.{number}.conv2", stage.conv2, stage.norm2, after))
         return places
-    blocks = [(name, module) for name, module in network.named_modules() if type(module).__name__ == "BasicBlock"]
-    return [Link(f"{name}.conv1", block.conv1, block.bn1, block.conv2) for name, block in blocks]
+    places = []
+    for name, block in network.named_modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            places.append(Link(f"{name}.conv1", block.conv1, block.bn1, block.conv2))
+        if isinstance(block, Bottleneck):
+            places.append(Link(f"{name}.conv2", block.conv2, block.bn2, block.conv3))
+    if not places or any(link.conv.groups * getattr(link.reader, "groups", 1) > 1 for link in places):
+        raise InputError(f"{type(network).__name__}: only ConvNet and residual networks without groups of channels are cut here")
+    return places
 
 
 def rank(link: Link) -> torch.Tensor:

@@ -129,7 +129,7 @@ def plot(rows: list[dict]) -> plt.Figure:
 def main(args) -> list[dict]:
     data = load_cifar10(args.data, BATCH)
     data = quick_part(data) if args.quick else data
-    epochs = 2 if args.quick else args.epochs
+    epochs = args.epochs or (2 if args.quick else None)
     network, rows = trained_student(data, epochs, args.seed, args.device, args.widths)
     print_table(rows)
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -145,6 +145,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "-widths", type=positive_int, nargs=3, default=WIDTHS, metavar="N", help="channels of the three stages (default: 32 64 128)"
     )
-    parser.add_argument("-epochs", type=positive_int, help="epochs of training (default: to convergence)")
+    parser.add_argument("-epochs", type=positive_int, help="epochs of training (default: to convergence; with -quick 2)")
     args = parse(parser)
     save_results(__file__, args, main(args))

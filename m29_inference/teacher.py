@@ -6,6 +6,7 @@ epoch) and kept, in files of CHUNK images. A run that was killed goes on after t
 
 import contextlib
 import hashlib
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import DAMAGED, Images, augment, class_name, fetched_before, hub_reached, normalize
+from cifar10 import DAMAGED, HUB_ID, SAMPLE_NAME, Images, augment, class_name, fetched_before, hub_reached, normalize
 from common import DATA, InputError, atomic_path
 from m29_inference.int8 import first_line, quiet
 from m29_inference.student import trained_student
@@ -26,6 +27,7 @@ from m29_inference.training import fast_format
 
 CHUNK = 2000  # images a file: seconds of our network, two minutes of a Vision Transformer on two cores
 UNCHANGED = -1  # the view without augmentation
+AUGMENTATION = inspect.getsource(augment)  # read now, for the file may be edited while logits are computed
 
 
 @dataclass
@@ -114,9 +116,9 @@ def load_pretrained(source: str):
             raise InputError(f"-teacher {source}: {where} ({first_line(error)})") from error
 
 
-def pretrained_teacher(source: str, processor, classifier: nn.Module, classes: tuple[str, ...], device: torch.device) -> Teacher:
-    """A classifier with these classes, whatever their order; InputError where they are others."""
-    order = match_classes(source, classifier.config.id2label, classes)
+def pretrained_teacher(source: str, processor, classifier: nn.Module, data: Images, device: torch.device) -> Teacher:
+    """A classifier with the classes of `data`, whatever their order; InputError where they are others."""
+    order = match_classes(source, classifier.config.id2label, data)
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
         return processor(images=images, return_tensors="pt", device=device)["pixel_values"]
@@ -125,8 +127,9 @@ def pretrained_teacher(source: str, processor, classifier: nn.Module, classes: t
     return Teacher(source, Pretrained(classifier, order).to(device).eval(), prepare, device, settings, batch=50)
 
 
-def match_classes(source: str, names: dict[int, str], classes: tuple[str, ...]) -> list[int]:
+def match_classes(source: str, names: dict[int, str], data: Images) -> list[int]:
     """The teacher's output for each class of the data, by name; in its own order where it names them LABEL_0, LABEL_1 ..."""
+    classes = data.classes
     if len(names) != len(classes):
         raise InputError(f"-teacher {source} knows {len(names):,} classes, the data have {len(classes)}: give one fine-tuned on these data")
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names.values()):
@@ -134,7 +137,8 @@ def match_classes(source: str, names: dict[int, str], classes: tuple[str, ...]) 
         return list(range(len(classes)))
     index = {class_name(name): number for number, name in names.items()}
     if missing := [name for name in classes if class_name(name) not in index]:
-        raise InputError(f"-teacher {source} does not know {', '.join(missing)}: its classes are {', '.join(names.values())}")
+        hint = f"; these are the classes of {SAMPLE_NAME}, give -data {HUB_ID}" if data.name == SAMPLE_NAME else ""
+        raise InputError(f"-teacher {source} does not know {', '.join(missing)}: its classes are {', '.join(names.values())}{hint}")
     return [index[class_name(name)] for name in classes]
 
 
@@ -142,38 +146,44 @@ def match_classes(source: str, names: dict[int, str], classes: tuple[str, ...]) 
 
 
 def cache_folder(teacher: Teacher, data: Images) -> Path:
-    """A folder for this teacher and these images: logits of others are never taken for theirs."""
-    digest = hashlib.sha256(teacher.fingerprint().encode() + data.images.numpy().tobytes())
+    """A folder for this teacher, these images and their augmentation: logits of others are never taken for theirs."""
+    digest = hashlib.sha256(f"{teacher.fingerprint()} {AUGMENTATION}".encode() + data.images.numpy().tobytes())
     return DATA / "teacher_logits" / digest.hexdigest()[:16]
 
 
-def view_of(data: Images, view: int, first: int) -> torch.Tensor:
-    """The CHUNK images from `first` on as they are in epoch `view` of a training whose augmentation has seed 0."""
-    indices = torch.arange(first, min(first + CHUNK, len(data)))
+def chunks(data: Images) -> list[range]:
+    """The places of the images of each file."""
+    return [range(first, min(first + CHUNK, len(data))) for first in range(0, len(data), CHUNK)]
+
+
+def view_of(data: Images, view: int, chunk: range) -> torch.Tensor:
+    """The images of `chunk` as they are in epoch `view` of a training whose augmentation has seed 0."""
+    indices = torch.arange(chunk.start, chunk.stop)
     images = data.images[indices]
     return images if view == UNCHANGED else augment(images, indices, 0, view, len(data))
 
 
-def chunk_file(folder: Path, view: int, first: int) -> Path:
-    return folder / f"view{view:+04}_{first:06}.npz"
-
-
-def read_chunk(file: Path) -> torch.Tensor | None:
-    """float16 (up to CHUNK, classes); None where there is no whole file."""
-    with contextlib.suppress(*DAMAGED), np.load(file) as arrays:
-        return torch.from_numpy(arrays["logits"])
+def read_chunk(folder: Path, view: int, chunk: range) -> torch.Tensor | None:
+    """float16 (images of the chunk, classes); None where there is no whole file, or one of another CHUNK."""
+    with contextlib.suppress(*DAMAGED), np.load(chunk_file(folder, view, chunk)) as arrays:
+        logits = torch.from_numpy(arrays["logits"])
+        return logits if len(logits) == len(chunk) else None
     return None
+
+
+def chunk_file(folder: Path, view: int, chunk: range) -> Path:
+    return folder / f"view{view:+04}_{chunk.start:06}.npz"
 
 
 def compute_logits(teacher: Teacher, data: Images, views: list[int], folder: Path, rank: int = 0, processes: int = 1) -> None:
     """Compute the chunks that are missing or damaged; of `processes` that share the work each takes its part."""
-    jobs = [(view, first) for view in views for first in range(0, len(data), CHUNK)][rank::processes]
-    missing = [job for job in jobs if read_chunk(chunk_file(folder, *job)) is None]
+    jobs = [(view, chunk) for view in views for chunk in chunks(data)][rank::processes]
+    missing = [job for job in jobs if read_chunk(folder, *job) is None]
     if 0 < len(missing) < len(jobs):
         print(f"logits of {len(jobs) - len(missing)} of {len(jobs)} chunks were computed before")
-    for view, first in tqdm(missing, "logits of the teacher", unit="chunk", leave=False, disable=rank > 0):
-        logits = teacher.logits(view_of(data, view, first)).half().numpy()
-        with atomic_path(chunk_file(folder, view, first)) as temporary:
+    for view, chunk in tqdm(missing, "logits of the teacher", unit="chunk", leave=False, disable=rank > 0):
+        logits = teacher.logits(view_of(data, view, chunk)).half().numpy()
+        with atomic_path(chunk_file(folder, view, chunk)) as temporary:
             np.savez(temporary, logits=logits)
 
 
@@ -181,4 +191,4 @@ def cached_logits(teacher: Teacher, data: Images, views: list[int]) -> dict[int,
     """For each view the teacher's logits of all images, float16 (n, classes)."""
     folder = cache_folder(teacher, data)
     compute_logits(teacher, data, views, folder)
-    return {view: torch.cat([read_chunk(chunk_file(folder, view, first)) for first in range(0, len(data), CHUNK)]) for view in views}
+    return {view: torch.cat([read_chunk(folder, view, chunk) for chunk in chunks(data)]) for view in views}

@@ -1,9 +1,11 @@
 """The training loop of the small CIFAR-10 networks (student.py, distill.py), and what is kept of a training so that it can go on.
 
 After every epoch network, optimizer and rows are kept in a file whose name stands for what the outcome depends on: the images, the code
-of the loop, of the network and of the loss, the constants, the number format. Change one of them, and it is another training.
+of the loop, of the network and of the loss, the constants, the number format, the number of threads (more of them add up in another
+order). Change one of them, and it is another training.
 """
 
+import copy
 import hashlib
 import inspect
 import io
@@ -18,8 +20,8 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import ConvNet, Images, Stage, augment, epoch_order, normalize
-from common import DATA, InputError, atomic_path, display_path
+from cifar10 import DAMAGED, MEAN, STD, ConvNet, Images, Stage, augment, epoch_order, normalization, normalize
+from common import DATA, InputError, atomic_path, check_zip, display_path
 from m29_inference import network as networks
 from machine import cpu_has, keep_memory
 
@@ -113,13 +115,13 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-PARTS = (train, rate, converged_at, hard_loss, networks, ConvNet, Stage, augment, epoch_order, normalize)
+PARTS = (train, rate, converged_at, hard_loss, networks, ConvNet, Stage, normalization, augment, epoch_order, normalize)
 RECIPE = [inspect.getsource(part) for part in PARTS]  # read now, for the files may be edited while a training runs
 
 
 def training_file(data: dict[str, Images], device: torch.device, *key) -> Path:
     """Where a training on these images, with what else there is to say of it in `key`, is kept."""
-    constants = (BATCH, LEARNING_RATE, PLATEAU, MOST_EPOCHS, fast_format(device))
+    constants = (BATCH, LEARNING_RATE, PLATEAU, MOST_EPOCHS, MEAN.tolist(), STD.tolist(), fast_format(device), torch.get_num_threads())
     digest = hashlib.sha256(repr((RECIPE, constants, key)).encode())
     for part in data.values():
         digest.update(part.images.numpy())
@@ -143,13 +145,18 @@ def keep(file: Path | None, network: nn.Module, optimizer: torch.optim.Optimizer
 
 def restore(file: Path | None, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> list[dict]:
     """The rows of the epochs that are done, network and optimizer as after them; no rows where there is no whole file of this network."""
+    if not file or not file.exists():
+        return []
+    fresh = copy.deepcopy(network.state_dict())  # load_state_dict() takes what fits before it refuses the rest
     try:
-        kept = torch.load(file or "", map_location=device, weights_only=True)
+        check_zip(file)
+        kept = torch.load(file, map_location=device, weights_only=True)
         network.load_state_dict(kept["network"])
         optimizer.load_state_dict(kept["optimizer"])
         print(f"{len(kept['rows'])} epochs were trained before: {display_path(file)}")
         return kept["rows"]
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):  # not there, not whole, other widths
+    except (*DAMAGED, TypeError, pickle.UnpicklingError):  # or of other widths
+        network.load_state_dict(fresh)
         return []
 
 

@@ -1,6 +1,7 @@
 """cifar10.py: batches that depend on seed, epoch and index alone, networks of a known size, data from four kinds of places."""
 
 import hashlib
+import io
 import pickle
 import time
 
@@ -179,6 +180,65 @@ def test_a_data_set_of_another_form_is_refused_with_the_reason(tmp_path, size, c
     with pytest.raises(InputError) as error:
         load_cifar10(str(tmp_path))
     assert said in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def save_rows(folder, images: list, labels: list) -> None:
+    """Both splits, whatever the columns hold."""
+    from datasets import Dataset
+
+    for split in ("train", "test"):
+        Dataset.from_dict({"img": images, "label": labels}).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("labels", [list(range(1, 11)), list(CLASSES)])
+def test_labels_may_be_other_numbers_or_names(images, tmp_path, labels):
+    save_rows(tmp_path, [Image.fromarray(image) for image in images[:10].permute(0, 2, 3, 1).numpy()], labels)
+    data = load_cifar10(str(tmp_path))["train"]
+    assert data.labels.tolist() == list(range(10)) and data.classes == tuple(map(str, labels))
+
+
+def test_what_is_no_image_or_no_label_is_named(images, tmp_path):
+    picture = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    whole = io.BytesIO()
+    picture.save(whole, "png")
+    broken = {"bytes": whole.getvalue()[:60], "path": None}
+    cases = {
+        "image 1 cannot be read": ([{"bytes": whole.getvalue(), "path": None}, broken], [0, 1]),
+        "image 0 cannot be read": ([[1, 2], [3, 4]], [0, 1]),
+        "row 1 has the label None, which is none of the 1 classes": ([picture, picture], [0, None]),
+    }
+    for number, (said, (pictures, labels)) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if pictures[-1] is broken:
+            from datasets import Dataset, Features, Value
+            from datasets import Image as ImageFeature
+
+            rows = Dataset.from_dict(
+                {"img": pictures, "label": labels}, features=Features({"img": ImageFeature(), "label": Value("int64")})
+            )
+            for split in ("train", "test"):
+                rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        else:
+            save_rows(folder, pictures, labels)
+        with pytest.raises(InputError, match=said):
+            load_cifar10(str(folder))
+
+
+def test_the_short_name_and_another_server(monkeypatch):
+    import datasets
+
+    def load(source):
+        raise OSError(f"asked for {source}")
+
+    monkeypatch.setattr(cifar10, "hub_reached", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(InputError, match="asked for uoft-cs/cifar10"):
+        load_cifar10("cifar10")
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    monkeypatch.setattr(cifar10, "online", lambda url: url == "https://mirror.example")
+    assert cifar10.hub_reached.__wrapped__()
 
 
 def test_images_of_several_sizes_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,18 +17,20 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import ConvNet, Images, load_cifar10, normalize, stratified
+from cifar10 import SAMPLE_NAME, ConvNet, Images, load_cifar10, normalize, stratified
 from common import DATA, ROOT, InputError
 from data.sample import SAMPLE_CLASSES, cifar10_sample
-from m29_inference import distill, student, training
+from m29_inference import distill, distill_losses, student, training
 from m29_inference import teacher as teachers
 from m29_inference.distill import distillation_loss, mixed_loss
+from m29_inference.distill_losses import LOSSES
 from m29_inference.distill_report import gain
 from m29_inference.network import new_network, whitening_filters
 from m29_inference.teacher import UNCHANGED, Teacher, cached_logits, match_classes
 from m29_inference.training import CPU, MOST_EPOCHS, PLATEAU, converged_at, hard_loss, rate, train, training_file
 
 SCRIPT = "m29_inference/distill.py"
+SAMPLE = Images(torch.zeros(0), torch.zeros(0), SAMPLE_CLASSES, SAMPLE_NAME)
 
 
 def random_logits(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +189,9 @@ def test_another_recipe_is_another_training(monkeypatch):
         patched.setattr(training, "RECIPE", [*training.RECIPE[:-1], "another normalize()"])
         files.append(training_file(data, CPU, 1))
     files.append(training_file(data, torch.device("mps"), 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_num_threads", lambda: 77)
+        files.append(training_file(data, CPU, 1))
     monkeypatch.setattr(training, "PLATEAU", 0.5)
     files.append(training_file(data, CPU, 1))
     monkeypatch.undo()
@@ -199,12 +205,24 @@ def test_a_gpu_without_bfloat16_of_its_own_computes_in_float32(monkeypatch):
     assert not training.fast_format(torch.device("mps"))["enabled"]
 
 
-def test_a_file_of_other_widths_is_not_taken(tmp_path):
+def test_a_file_of_other_widths_or_with_a_flipped_bit_is_not_taken_even_in_part(tmp_path):
+    def run(file, widths=(8, 16, 8)):
+        torch.manual_seed(0)
+        network = ConvNet(widths, "batch")
+        assert len(train(network, noise(256), 1, 0, CPU, file=file)) == 1
+        return network.state_dict()
+
+    whole = run(tmp_path / "whole.pt")
     file = tmp_path / "net.pt"
-    for widths in ((8, 8, 8), (8, 16, 8)):
-        rows = train(ConvNet(widths, "batch"), noise(256), 1, 0, CPU, file=file)
-        assert len(rows) == 1
-    assert torch.load(file, weights_only=True)["network"]["stages.1.conv1.weight"].shape == (16, 8, 3, 3)
+    run(file, (8, 8, 8))
+    others = [file.read_bytes()]
+    others.append(bytearray((tmp_path / "whole.pt").read_bytes()))
+    place = others[1].index(whole["stages.1.norm1.weight"].numpy().tobytes())
+    others[1][place + 3] ^= 1
+    for content in others:
+        file.write_bytes(content)
+        again = run(file)
+        assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
 def test_kill_9_and_again(start_script, run_script, results, tmp_path, monkeypatch):
@@ -293,13 +311,23 @@ def test_logits_are_computed_once_and_a_damaged_or_missing_chunk_again(counted, 
     assert 150 < teacher.asked <= 150 + 60 and all(torch.equal(again[view], first[view]) for view in first)
 
 
+def test_another_size_of_chunk_or_another_augmentation_gives_no_other_images_logits(counted, monkeypatch):
+    data, teacher = noise(50), counted(0)
+    first = cached_logits(teacher, data, [0])
+    monkeypatch.setattr(teachers, "CHUNK", 10)
+    assert torch.equal(cached_logits(teacher, data, [0])[0], first[0])
+    folder = teachers.cache_folder(teacher, data)
+    monkeypatch.setattr(teachers, "AUGMENTATION", "another one")
+    assert teachers.cache_folder(teacher, data) != folder
+
+
 def test_a_chunk_with_any_byte_changed_is_computed_again_or_the_same(tmp_path):
-    file, logits = tmp_path / "chunk.npz", torch.randn(4, 10).half()
+    file, logits = teachers.chunk_file(tmp_path, 0, range(4)), torch.randn(4, 10).half()
     np.savez(file, logits=logits.numpy())
     whole = file.read_bytes()
     for place in range(len(whole)):  # names, sizes, the way of compression, checksums, numbers
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        read = teachers.read_chunk(file)
+        read = teachers.read_chunk(tmp_path, 0, range(4))
         assert read is None or torch.equal(read, logits), place
 
 
@@ -324,12 +352,17 @@ def test_several_processes_share_the_work(counted, tmp_path):
 
 
 def test_classes_are_matched_by_name():
-    assert match_classes("t", {0: "Dog", 1: "plane", 2: "cat"}, ("airplane", "cat", "dog")) == [1, 2, 0]
-    assert match_classes("t", {0: "LABEL_0", 1: "LABEL_1"}, ("airplane", "cat")) == [0, 1]
-    with pytest.raises(InputError, match="does not know cat: its classes are tench, dog"):
-        match_classes("t", {0: "tench", 1: "dog"}, ("cat", "dog"))
+    def match(names: dict, *classes: str, name: str = "noise") -> list[int]:
+        return match_classes("t", names, Images(torch.zeros(0), torch.zeros(0), classes, name))
+
+    assert match({0: "Dog", 1: "plane", 2: "cat"}, "airplane", "cat", "dog") == [1, 2, 0]
+    assert match({0: "LABEL_0", 1: "LABEL_1"}, "airplane", "cat") == [0, 1]
+    with pytest.raises(InputError, match=r"does not know cat: its classes are tench, dog$"):
+        match({0: "tench", 1: "dog"}, "cat", "dog")
+    with pytest.raises(InputError, match=r"these are the classes of the drawn sample, give -data uoft-cs/cifar10$"):
+        match({0: "tench", 1: "dog"}, "cat", "dog", name=SAMPLE_NAME)
     with pytest.raises(InputError, match="knows 1,000 classes, the data have 10"):
-        match_classes("t", {number: str(number) for number in range(1000)}, SAMPLE_CLASSES)
+        match({number: str(number) for number in range(1000)}, *SAMPLE_CLASSES)
 
 
 @pytest.fixture(scope="session")
@@ -351,7 +384,7 @@ def test_a_vision_transformer_in_a_folder_is_a_teacher(tiny_vit):
     from PIL import Image
 
     processor, classifier = teachers.load_pretrained(str(tiny_vit))
-    teacher = teachers.pretrained_teacher(str(tiny_vit), processor, classifier, SAMPLE_CLASSES, CPU)
+    teacher = teachers.pretrained_teacher(str(tiny_vit), processor, classifier, SAMPLE, CPU)
     images = noise(3).images
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     with torch.inference_mode():
@@ -364,16 +397,16 @@ def test_a_checkpoint_in_bfloat16_is_one_too(tiny_vit, tmp_path):
     processor, classifier = teachers.load_pretrained(str(tiny_vit))
     processor.save_pretrained(tmp_path)
     classifier.to(torch.bfloat16).save_pretrained(tmp_path)
-    teacher = teachers.pretrained_teacher("half", *teachers.load_pretrained(str(tmp_path)), SAMPLE_CLASSES, CPU)
+    teacher = teachers.pretrained_teacher("half", *teachers.load_pretrained(str(tmp_path)), SAMPLE, CPU)
     assert teacher.logits(noise(3).images).shape == (3, 10) and len(teacher.fingerprint()) == 16
 
 
 def test_other_names_of_the_classes_make_another_teacher(tiny_vit):
     processor, classifier = teachers.load_pretrained(str(tiny_vit))
-    one = teachers.pretrained_teacher("t", processor, classifier, SAMPLE_CLASSES, CPU).fingerprint()
-    assert teachers.pretrained_teacher("elsewhere", processor, classifier, SAMPLE_CLASSES, CPU).fingerprint() == one
+    one = teachers.pretrained_teacher("t", processor, classifier, SAMPLE, CPU).fingerprint()
+    assert teachers.pretrained_teacher("elsewhere", processor, classifier, SAMPLE, CPU).fingerprint() == one
     classifier.config.id2label = {number: classifier.config.id2label[9 - number] for number in range(10)}
-    assert teachers.pretrained_teacher("t", processor, classifier, SAMPLE_CLASSES, CPU).fingerprint() != one
+    assert teachers.pretrained_teacher("t", processor, classifier, SAMPLE, CPU).fingerprint() != one
 
 
 NO_NETWORK = """
@@ -450,9 +483,31 @@ def test_the_sweep_tries_temperatures_and_alphas(monkeypatch, tmp_path):
         "views": None,
         "limit": None,
         "widths": None,
+        "temperature": 4.0,
+        "alpha": 0.9,
+        "losses": False,
     }
-    rows = distill.main(Namespace(**given, epochs=1, seeds=[0], seed=0, sweep=True, quick=True, show=False, device=CPU))
+    args = Namespace(**given, epochs=1, seeds=[0], seed=0, sweep=True, quick=True, show=False, device=CPU)
+    rows = distill.main(args)
     assert len({(row.get("temperature"), row.get("alpha")) for row in rows}) == 3 and (tmp_path / "distill_sweep.png").exists()
+    args.sweep, args.losses = False, True
+    alone, right, wrong = distill.main(args)
+    assert (alone["loss"], right["loss"]) == ("student", "as it should be") and (tmp_path / "distill_losses.png").exists()
+    assert wrong["gradient_of_labels"] == pytest.approx(right["gradient_of_labels"] / 10, rel=1e-4)  # ten classes
+
+
+def test_wrong_losses_are_told_by_their_values():
+    """What is 0 for equal logits and lowest there, and how large the gradient is, by hand."""
+    student, teacher = random_logits(32, 10)
+    labels = torch.arange(32) % 10
+    asked = {name: distill_losses.question(partial(loss, temperature=4.0), student, teacher, labels) for name, loss in LOSSES.items()}
+    right, mean, plain, swapped, unbounded = asked.values()
+    for row in (right, mean, plain, swapped):
+        assert abs(row["at_equal"]) < 1e-5 and row["followed"] > -1e-5
+    assert right["followed"] < 0.01
+    assert mean["gradient_of_labels"] == pytest.approx(right["gradient_of_labels"] / 10, rel=1e-4)
+    assert plain["gradient_of_labels"] == pytest.approx(right["gradient_of_labels"] / 16, rel=1e-4)
+    assert unbounded["followed"] < -100 and unbounded["followed"] < unbounded["at_equal"]
 
 
 def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(start_script, run_script, results, tmp_path, monkeypatch):
@@ -472,8 +527,8 @@ def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(st
 
     monkeypatch.setattr(training, "DATA", whole)
     monkeypatch.setattr(teachers, "DATA", whole)
-    others = {"teacher": "train", "seeds": [0, 1], "seed": 0, "temperature": 4.0, "alpha": 0.9, "views": None, "sweep": False}
-    others["widths"] = None
+    others = {"teacher": "train", "seeds": [0, 1], "seed": 0, "temperature": 4.0, "alpha": 0.9, "views": None, "widths": None}
+    others |= {"sweep": False, "losses": False}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     undisturbed = distill.main(Namespace(**flags, **others, quick=True, show=False, device=CPU))
@@ -491,6 +546,8 @@ def test_bad_input_is_said(check_refusals, tmp_path):
     cases = {
         ("-seeds", "3"): (2, "at least two are needed"),
         ("-seeds", "0", "0", "1"): (2, "each another one"),
+        ("-sweep", "-seeds", "0", "1", "2"): (2, "argument -seeds: has no effect with -sweep"),
+        ("-teacher", "somewhere", "-teacher_epochs", "2"): (2, "argument -teacher_epochs: of our own teacher"),
         ("-alpha", "1.5"): (2, "a share between 0 and 1"),
         ("-temperature", "0"): (2, "a number above 0"),
         ("-teacher", str(tmp_path / "empty")): (1, "no image classifier in this folder"),

@@ -61,7 +61,7 @@ def test_sparsity_is_exact_to_the_weight(amount):
 
 
 def test_a_fifth_of_each_convolution_and_two_fifths_of_each_linear_layer():
-    zeros = {row["layer"]: row["zeros"] for row in exercise.by_kind()}
+    zeros = {row["layer"]: row["zeros"] for row in exercise.by_kind(LeNet())}
     assert zeros == {"conv1": 30, "conv2": 480, "fc1": 19_200, "fc2": 4_032, "fc3": 336, "all": 24_078}
 
 
@@ -77,18 +77,24 @@ def test_the_traps_are_shown(capsys):
     exercise.traps()
     said = capsys.readouterr().out
     assert "amount=1: 1 of 840 weights" in said and "amount=1.0: 840 of 840 weights" in said
+    assert "zeros in its parameters(): 0, in what fc3 computes with: 840" in said
     assert "copy.deepcopy of a pruned network: " in said and "global_unstructured on a network in channels_last: " in said
 
 
 @pytest.mark.parametrize(("epochs", "parts"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (5, [1, 2, 2])])
 def test_the_last_cut_is_always_tuned(monkeypatch, epochs, parts):
     """Fewer epochs than steps go to the last steps, so that no network is measured right after a cut."""
-    trained = []
-    monkeypatch.setattr(prune_accuracy, "train", lambda network, images, epochs, *_: trained.append(epochs))
+    trained, seeds = [], []
+
+    def record(network, images, epochs, seed, device, lr, file):
+        trained.append(epochs)
+        seeds.append(seed)
+
+    monkeypatch.setattr(prune_accuracy, "train", record)
     monkeypatch.setattr(prune_accuracy, "accuracy", lambda *_: trained.append("measured"))
-    data = {"train": None, "test": None}
+    data = dict.fromkeys(("train", "test"), Images(torch.zeros(1), torch.zeros(1), (), "none"))
     prune_accuracy.iterative(ConvNet((8, 8, 8), "batch"), data, SimpleNamespace(epochs=epochs, seed=0), 0.5)
-    assert trained == [*parts, "measured"]
+    assert trained == [*parts, "measured"] and len(set(seeds)) == len(parts)  # each part sees other images than the one before
 
 
 def test_a_torch_without_products_with_csr_is_said(monkeypatch):
@@ -129,6 +135,24 @@ def test_fine_tuning_before_that_keeps_them():
     assert not torch.equal(net.head.weight_orig, before)
     net(images[:2].float())  # computes each weight anew
     assert all(torch.equal(module.weight == 0, zeros[name]) for name, module in prunable(net))
+
+
+def test_the_next_cut_sees_the_last_step_of_training():
+    """`weight` of a masked layer is computed in a forward pass: after a step it is still the old one."""
+    net = nn.Sequential(nn.Linear(4, 1, bias=False))
+    net[0].weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    prune_all(net, 0.25)
+    net[0].weight_orig.data = torch.tensor([[9.0, 9.0, 9.0, 0.1]])  # as a step would
+    prune_all(net, 1 / 3)
+    assert (net[0].weight == 0).tolist() == [[True, False, False, True]]
+
+
+def test_bits_are_compared_and_not_values():
+    assert not prune_formats.same_bits(torch.tensor([-0.0]), torch.tensor([0.0])) and torch.equal(torch.tensor([-0.0]), torch.tensor([0.0]))
+    net = LeNet()
+    prune_all(net, 0.5)
+    remove_masks(net)
+    assert not any(torch.signbit(layer.weight[layer.weight == 0]).any() for _, layer in prunable(net))
 
 
 def test_a_layer_that_is_never_trained_is_not_pruned(network):
@@ -179,6 +203,20 @@ def test_a_residual_network_shrinks_inside_its_blocks():
         assert torch.allclose(net(images), silent, rtol=1e-4, atol=1e-5 * silent.abs().max().item())
 
 
+def test_bottlenecks_are_cut_in_two_places_and_what_cannot_be_is_refused():
+    assert [link.name for link in links(torchvision.models.resnet50())[:3]] == ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"]
+    for other in (torchvision.models.resnext50_32x4d, LeNet):
+        with pytest.raises(InputError, match="only ConvNet and residual networks without groups of channels"):
+            links(other())
+
+
+@pytest.mark.parametrize("unit", [24, 48, 64])
+def test_any_unit_is_possible(network, monkeypatch, unit):
+    monkeypatch.setattr(prune_structured, "UNIT", unit)
+    pairs = zip(links(cut(network, 0.5)), links(network), strict=True)
+    assert all(link.width == before.width or link.width % unit == 0 for link, before in pairs)
+
+
 def test_half_the_multiplications_are_not_exceeded(network):
     from m29_inference.macs import gmacs
 
@@ -195,7 +233,7 @@ def test_each_format_gives_back_every_bit(network, kind, tmp_path):
     state = network.state_dict()
     size = save_sparse(state, tmp_path / "file", kind)
     again = load_sparse(tmp_path / "file", kind, {name: value.shape for name, value in state.items()})
-    assert all(torch.equal(again[name], value) and again[name].dtype == value.dtype for name, value in state.items())
+    assert all(prune_formats.same_bits(again[name], value) and again[name].dtype == value.dtype for name, value in state.items())
     dense = save_sparse(state, tmp_path / "dense", "dense")
     assert size == (tmp_path / "file").stat().st_size
     if kind == "bitmask":
@@ -225,8 +263,8 @@ def test_the_exercises_in_order(run_script, results):
     assert "a loop over named_modules() stops: " in said and "has no attribute 'weight'" in said
     assert "conv1 before\n  parameters: weight (6, 1, 5, 5), bias (6,)\n  buffers:    none" in said
     assert "weight_orig (6, 1, 5, 5)" in said and "weight_mask (6, 1, 5, 5)" in said
-    assert [row["method"] for row in rows] == ["none", "global", "global, removed"]
-    assert rows[1]["accuracy"] == rows[2]["accuracy"] and rows[1]["sparsity"] == rows[2]["sparsity"] == pytest.approx(0.3, abs=1e-4)
+    assert [row["method"] for row in rows] == ["none", "by kind", "global", "global, removed"]
+    assert rows[2]["accuracy"] == rows[3]["accuracy"] and rows[2]["sparsity"] == rows[3]["sparsity"] == pytest.approx(0.3, abs=1e-4)
 
 
 def test_accuracy_over_sparsity(run_script, results):
@@ -257,7 +295,7 @@ def test_the_fine_tuning_that_the_readme_speaks_of(monkeypatch, module, epochs, 
     class Begun(Exception):
         pass
 
-    def begin(network, images, epochs, seed, device, lr):
+    def begin(network, images, epochs, seed, device, lr, file):
         raise Begun(epochs, seed, lr)
 
     images = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a",), "noise")
