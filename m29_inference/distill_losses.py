@@ -16,14 +16,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import Images
-from common import print_table, save_figure
+from common import InputError, print_table, save_figure
 from m29_inference import distill
 from m29_inference.distill import distillation_loss, train_student, views_of
 from m29_inference.distill_report import ALONE
 from m29_inference.teacher import Teacher, cache_folder, cached_logits
 
 EPOCHS = 4  # of the students, where -epochs does not say it
-FOLLOWED, STEP = 3000, 1.0  # steps down the gradient, and how far each goes
+FOLLOWED, STEP = 3000, 100.0  # steps down the gradient, and how far each goes
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
@@ -94,22 +94,30 @@ def compare_losses(args, data: dict[str, Images], teacher: Teacher, epochs: int 
     untrained = torch.randn(some.shape, generator=torch.Generator().manual_seed(args.seed))
     for name, soft in list(LOSSES.items())[: 2 if args.quick else None]:
         asked = question(partial(soft, temperature=args.temperature), untrained, some, data["train"].labels[:256])
-        _, rows = train_student(args, data, seed, epochs, views, key, soft)
-        table.append({"loss": name, **asked, "accuracy": rows[-1]["accuracy"], "epochs": epochs})
+        table.append({"loss": name, **asked, "accuracy": reached(args, data, seed, epochs, views, key, soft), "epochs": epochs})
     print_table(table)
     print(f"one seed, T = {args.temperature:g}, alpha = {args.alpha:g}; followed: after {FOLLOWED:,} steps of the logits down the gradient")
     save_figure(plot(table), distill.__file__, "losses", args, f"one seed, {epochs} epochs: differences of a point may be noise")
     return table
 
 
+def reached(*student) -> float | None:
+    """Accuracy of a student, given as to train_student; None, and why, where its training fails."""
+    try:
+        return train_student(*student)[1][-1]["accuracy"]
+    except InputError as error:
+        print(str(error).partition(":")[0])
+        return None
+
+
 def plot(table: list[dict]) -> plt.Figure:
-    """Bars: accuracy of a student by loss, and the line of the one that learnt alone."""
+    """Bars: accuracy of a student by loss, none where its training failed, and the line of the one that learnt alone."""
     figure, axes = plt.subplots(figsize=(7.5, 3.2))
-    axes.barh([row["loss"] for row in table[1:]], [row["accuracy"] for row in table[1:]], color="tab:blue")
+    bars = axes.barh([row["loss"] for row in table[1:]], [row["accuracy"] or 0 for row in table[1:]], color="tab:blue")
+    axes.bar_label(bars, [f"{row['accuracy']:.1%}" if row["accuracy"] else "training failed" for row in table[1:]], padding=3, fontsize=8)
     axes.axvline(table[0]["accuracy"], color="black", linestyle="--", linewidth=1, label="alone")
-    lowest = min(row["accuracy"] for row in table)
-    axes.set(xlabel="accuracy on the test images", xlim=(max(0, lowest - 0.05), None))
+    axes.set(xlabel="accuracy on the test images", xlim=(0, 1.15))
     axes.invert_yaxis()
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper right", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure
