@@ -43,6 +43,7 @@ from machine import available_memory
 
 MODELS = ("resnet18", "efficientnet_b0", "mobilenet_v3_large", "swin_t")
 SMALLEST = 32  # pixels a side
+AS_PUBLISHED = {"googlenet": {"aux_logits": False}, "vit_h_14": {"image_size": 518}}  # as the published weights want it, who bring it along
 TOLERANCE, ROUNDED = 0.005, 0.0005  # counts that differ by a larger share are marked; GMACs are published in thousandths
 
 
@@ -61,8 +62,9 @@ def build(name: str, pretrained: bool, device: torch.device, others: tuple[str, 
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         with warnings.catch_warnings(action="ignore"):  # of networks whose initialization will change
-            model = torchvision.models.get_model(name, weights=weights if pretrained else None)
-    except OSError as error:  # urllib's errors are among them
+            options = {} if pretrained else AS_PUBLISHED.get(name, {})
+            model = torchvision.models.get_model(name, weights=weights if pretrained else None, **options)
+    except (OSError, RuntimeError) as error:  # urllib's errors are among the former; the latter: a file with another checksum
         raise InputError(f"-pretrained: the weights of {name} cannot be fetched ({error}): leave the flag out") from error
     return model.eval().to(device), weights
 

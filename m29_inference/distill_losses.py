@@ -113,11 +113,12 @@ def reached(*student) -> float | None:
 def plot(table: list[dict]) -> plt.Figure:
     """Bars: accuracy of a student by loss, none where its training failed, and the line of the one that learnt alone."""
     figure, axes = plt.subplots(figsize=(7.5, 3.2))
-    bars = axes.barh([row["loss"] for row in table[1:]], [row["accuracy"] or 0 for row in table[1:]], color="tab:blue")
-    axes.bar_label(bars, [f"{row['accuracy']:.1%}" if row["accuracy"] else "training failed" for row in table[1:]], padding=3, fontsize=8)
+    said = [f"{row['accuracy']:.1%}" if row["accuracy"] else "training failed" for row in table[1:]]
+    names = [f"{row['loss']}\n{text}" for row, text in zip(table[1:], said, strict=True)]
+    axes.barh(names, [row["accuracy"] or 0 for row in table[1:]], color="tab:blue")
     axes.axvline(table[0]["accuracy"], color="black", linestyle="--", linewidth=1, label="alone")
-    axes.set(xlabel="accuracy on the test images", xlim=(0, 1.15))
+    axes.set(xlabel="accuracy on the test images", xlim=(0, 1))
     axes.invert_yaxis()
     figure.legend(*axes.get_legend_handles_labels(), loc="upper right", fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.04, 1, 0.95))
     return figure

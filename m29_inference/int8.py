@@ -34,6 +34,7 @@ from common import InputError, atomic_path, check_zip
 from machine import cpu_has
 
 ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+MADE_OF = "made_of"  # the note in a saved graph
 SMALLEST_SCALE = 2**-60  # torchao's own 2**-12 is coarser than the activations of some networks, mobilenet_v3 for one
 
 
@@ -123,15 +124,22 @@ def export_network(network: nn.Module, images: torch.Tensor, any_batch: bool = T
 
 
 def quantize_network(network: nn.Module, calibration: list[torch.Tensor], keep_float: tuple[str, ...] = ()) -> torch.fx.GraphModule:
-    """The int8 graph of `network`, for any batch size; the batches of `calibration`, (n, 3, height, width), set the scales."""
+    """The int8 graph of `network`, for any batch size; the batches of `calibration`, (n, 3, height, width), set the scales.
+
+    InputError where torch cannot record the network or torchao cannot convert it.
+    """
     recipe = int8_recipe(keep_float)
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    with quiet(), torch.no_grad():
-        observed = prepare_pt2e(export_network(copy.deepcopy(network).eval(), calibration[0]).module(), recipe)
-        for images in tqdm(calibration, "calibrating", unit="batch", leave=False):
-            observed(images)
-        return drop_unused(convert_pt2e(norms_to_products(observed)))
+    exported = export_network(copy.deepcopy(network).eval(), calibration[0])
+    try:
+        with quiet(), torch.no_grad():
+            observed = prepare_pt2e(exported.module(), recipe)
+            for images in tqdm(calibration, "calibrating", unit="batch", leave=False):
+                observed(images)
+            return drop_unused(convert_pt2e(norms_to_products(observed)))
+    except Exception as error:  # of torchao, about an operation that it does not know
+        raise InputError(f"torchao cannot convert {type(network).__name__} to int8 ({first_line(error)})") from error
 
 
 def norms_to_products(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -170,14 +178,17 @@ def drop_unused(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 def compile_to_file(network: nn.Module, images: torch.Tensor, file: Path, marked: bool = False) -> Path:
-    """Compile for batches of this very size and for the number of threads set now; returns the file.
+    """Compile for batches of this very size and for the number of threads set now; returns the file. InputError where that fails.
 
     `marked`: with a mark around each call that torch.profiler times, on Linux and Windows.
     """
     settings = {"freezing": True, "cpp.enable_kernel_profile": marked}
-    with quiet(), torch.no_grad():
-        exported = export_network(network, images, any_batch=False)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=settings)
+    exported = export_network(network, images, any_batch=False)
+    try:
+        with quiet(), torch.no_grad():
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=settings)
+    except RuntimeError as error:  # torch's compiler raises kinds of it
+        raise InputError(f"it cannot be compiled here ({first_line(error)})") from error
     return file
 
 
@@ -196,8 +207,8 @@ def int8_calls(file: Path) -> list[str]:
 # ---- the file that goes to other machines ----------------------------------------------------------------------------
 
 
-def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path) -> Path:
-    """Keep the int8 network itself, for any batch size and any machine: to be compiled there."""
+def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path, made_of: str = "") -> Path:
+    """Keep the int8 network itself, for any batch size and any machine: to be compiled there. `made_of`: which float network it was."""
     with quiet(), torch.no_grad(), atomic_path(file) as temporary:
         exported = export_network(graph, images)
         exported.example_inputs = None  # they would go into the file
@@ -205,7 +216,7 @@ def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path) ->
             for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):  # where it came from
                 node.meta.pop(note, None)
         content = io.BytesIO()  # torch's own writer does not say it when the disk is full
-        torch.export.save(exported, content)
+        torch.export.save(exported, content, extra_files={MADE_OF: made_of})
         temporary.write_bytes(deflate_text(content).getbuffer())
     return file
 
@@ -226,13 +237,15 @@ def check_graph_file(file: Path) -> None:
         raise InputError(f"{file}: no such file")
 
 
-def load_graph(file: Path) -> nn.Module:
-    """What save_graph kept; InputError where the file is none of its."""
+def load_graph(file: Path) -> tuple[nn.Module, str]:
+    """What save_graph kept, and `made_of`; InputError where the file is none of its."""
     import_quantizer()
     check_graph_file(file)
+    notes = {MADE_OF: ""}
     try:
         check_zip(file)
         with quiet():
-            return torch.export.load(file).module()
+            graph = torch.export.load(file, extra_files=notes).module()
+        return graph, notes[MADE_OF]
     except Exception as error:  # zipfile's, json's and torch's own
         raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error

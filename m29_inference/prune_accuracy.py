@@ -6,7 +6,6 @@ than steps, the last steps get them. Each step takes a share of what is left (ha
 is chosen for the steps to end at the sparsity asked for.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from common import print_table, save_figure
 from m29_inference import prune as exercise
 from m29_inference.prune import prunable, sparsity_by_layer
 from m29_inference.student import copy_of, student_and_data
-from m29_inference.training import CPU, accuracy, train, training_file
+from m29_inference.training import CPU, accuracy, fingerprint, train, training_file
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 STEPS = 3
@@ -47,14 +46,6 @@ def tune(network: nn.Module, data: dict, args, epochs: int, lr: float = LEARNING
         seed = args.seed + 1 + part
         file = training_file(data, CPU, epochs, seed, lr, fingerprint(network))
         train(network, data["train"], epochs, seed, CPU, lr, file=file)
-
-
-def fingerprint(network: nn.Module) -> str:
-    """Of all its numbers, the masks among them."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def one_shot(network: nn.Module, data: dict, args, sparsity: float) -> tuple[float, float]:

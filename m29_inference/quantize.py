@@ -222,7 +222,7 @@ if __name__ == "__main__":
     part("-layers", action="store_true", help="with -model: keep one layer at a time in float32")
     part("-profile", action="store_true", help="with -model: time each layer in int8, for the first of -batch_sizes and of -threads")
     flag("-batch_sizes", type=positive_int, nargs="+", default=[1, 32], help="with -model: images at a time (default: 1 32)")
-    flag("-threads", type=positive_int, nargs="+", default=sorted({1, usable_cpus()}), help="with -model: threads (default: 1 and all)")
+    flag("-threads", type=positive_int, nargs="+", help="with -model: threads to time with (default: -num_threads, else 1 and all)")
     flag("-calibration", type=positive_int, default=320, help="with -model: images that set the scales (default: 320)")
     flag("-pretrained", action="store_true", help="with -model: download torchvision's weights; changes no latency")
     flag("-data", help="for the student: folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
@@ -231,6 +231,7 @@ if __name__ == "__main__":
     flag("-peers", action="store_true", help="with -model: also ONNX Runtime and OpenVINO, where they are installed")
     args = parse(parser)
     refuse_idle_flags(parser, args)
+    args.threads = args.threads or ([args.num_threads] if args.num_threads else sorted({1, usable_cpus()}))
     run = main
     if args.model:
         from m29_inference.quantize_layers import sensitivity  # which imports this file

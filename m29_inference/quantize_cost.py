@@ -1,5 +1,6 @@
 """What fewer bits cost and save: outputs that differ, answers that differ, megabytes; for quantize_model.py and quantize_layers.py."""
 
+import contextlib
 import copy
 import io
 import math
@@ -12,10 +13,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
-from common import display_path
+from common import InputError, display_path
 from m29_inference.int8 import compile_to_file, load_compiled, load_graph, save_graph
-from m29_inference.training import CPU, answers
+from m29_inference.training import CPU, answers, fingerprint
 
+NOT_COMPILED = "int8, not compiled"  # the row where there is no compiler, or it fails
 ACCURACY_BATCH = 250  # images at most; compiled code takes one size alone, so it must divide the test images
 
 
@@ -52,7 +54,10 @@ def compare_accuracy(network: nn.Module, variants: dict[str, nn.Module], data: d
     print()
     for name, variant in variants.items():
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            function = load_compiled(compile_to_file(variant, images, Path(folder, "accuracy.pt2"))) if compile_them else variant
+            function = variant
+            if compile_them:
+                with contextlib.suppress(InputError):  # said where it was timed; the graph gives the same answers, slowly
+                    function = load_compiled(compile_to_file(variant, images, Path(folder, "accuracy.pt2")))
             ours = answers(function, data["test"], CPU, batch)
         difference, same = (ours == labels).double() - (theirs == labels).double(), (ours == theirs).double().mean().item()
         points, half = difference.mean().item(), margin(difference)
@@ -79,11 +84,11 @@ def sizes_mb(network: nn.Module, variants: dict[str, nn.Module], images: torch.T
     graphs = [name for name in variants if "int8" in name and name not in dynamic]  # one and the same, compiled in several ways
     int8 = variants[graphs[0]]
     with tempfile.TemporaryDirectory() as folder:
-        file = save_graph(int8, images, kept or Path(folder, "int8.pt2"))
+        file = save_graph(int8, images, kept or Path(folder, "int8.pt2"), fingerprint(network))
         with torch.no_grad():
-            if not torch.equal(load_graph(file)(images), int8(images)):
+            if not torch.equal(load_graph(file)[0](images), int8(images)):
                 raise RuntimeError("the int8 network that was saved computes something else")
         size = file.stat().st_size / 1e6
     print(f"saved: {sizes['eager']:.2f} MB in float32, {size:.2f} in int8, {size / sizes['eager']:.3f}x", end="")
     print(f"; loaded again it computes the same bits{f'; kept in {display_path(kept)}' if kept else ''}")
-    return sizes | dict.fromkeys(graphs, size)
+    return sizes | dict.fromkeys([*graphs, NOT_COMPILED], size)

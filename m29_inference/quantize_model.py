@@ -7,7 +7,7 @@ converted stands in int8.py.
 """
 
 import copy
-import math
+import re
 import statistics
 import sys
 import tempfile
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
@@ -36,12 +37,12 @@ from m29_inference.int8 import (
     quiet,
     why_not_compiled,
 )
-from m29_inference.quantize_cost import InBfloat16, compare_accuracy, relative, sizes_mb
+from m29_inference.quantize_cost import NOT_COMPILED, InBfloat16, compare_accuracy, relative, sizes_mb
 from m29_inference.quantize_linear import dynamic_int8, with_plain_attention
 from m29_inference.quantize_peers import convert_for_peers, load_peers
 from m29_inference.quantize_report import plot_speed, say
 from m29_inference.student import student_and_data
-from m29_inference.training import CPU, fast_format
+from m29_inference.training import CPU, fast_format, fingerprint
 
 REPEATS = 9
 
@@ -71,16 +72,11 @@ def load_network(args) -> tuple[nn.Module, list[torch.Tensor], dict | None]:
     return network, list(images.split(32)), data
 
 
-def load_converted(args, network: nn.Module, images: torch.Tensor) -> nn.Module:
+def load_converted(args, network: nn.Module) -> nn.Module:
     """The int8 network out of -load, if it is one of this very network."""
-    int8 = load_graph(args.load)
-    try:
-        with torch.inference_mode():
-            difference = relative(int8(images), network(images))
-    except (RuntimeError, AssertionError):  # of another input
-        difference = math.inf
-    if not difference < 0.5:
-        raise InputError(f"{args.load} was made of another network than this {args.model}: leave -load out to convert it")
+    int8, made_of = load_graph(args.load)
+    if made_of != fingerprint(network):
+        raise InputError(f"{args.load} was made of another network or training than this {args.model}: leave -load out to convert it")
     return int8
 
 
@@ -97,7 +93,7 @@ def say_what_is_missing() -> None:
 def find_variants(network: nn.Module, int8: nn.Module, quick: bool) -> dict[str, nn.Module]:
     """What is compiled, by name: float32, bfloat16 where the processor has it, and the ways to int8."""
     if not has_compiler():
-        return {"int8, not compiled": int8}
+        return {NOT_COMPILED: int8}
     if quick:  # one to compile
         return {"int8": int8}
     variants = {"compiled float32": network}
@@ -115,21 +111,25 @@ def find_variants(network: nn.Module, int8: nn.Module, quick: bool) -> dict[str,
 
 
 def compiled(name: str, variant: nn.Module, images: torch.Tensor, folder: Path):
-    """(function of a batch, number of int8 operations or None) by AOTInductor, by torch.compile where the name says so."""
-    if "not compiled" in name:
+    """(function of a batch, number of int8 operations) by AOTInductor, by torch.compile where the name says so; InputError if it fails."""
+    if name == NOT_COMPILED:
         return variant, None
+    if "dynamic" in name or "torch.compile" in name:
+        return compiled_in_memory(variant, images)
+    file = compile_to_file(variant, images, folder / f"{name}_{len(images)}_{torch.get_num_threads()}.pt2".replace(" ", "_"))
+    return load_compiled(file), len(int8_calls(file))
+
+
+def compiled_in_memory(variant: nn.Module, images: torch.Tensor):
+    """The same by torch.compile."""
+    torch._inductor.config.freezing = True  # weights become constants of the code; the option of torch.compile does not do it
+    function = torch.compile(variant, dynamic=False)  # for this batch size alone, as AOTInductor's code is
     try:
-        if "dynamic" in name or "torch.compile" in name:
-            torch._inductor.config.freezing = True  # weights become constants of the code; the option of torch.compile does not do it
-            function = torch.compile(variant, dynamic=False)  # for this batch size alone, as AOTInductor's code is
-            with quiet(), torch.inference_mode():  # as it is timed: in another mode it would be compiled once more
-                function(images)
-            return function, None
-        file = compile_to_file(variant, images, folder / f"{name}_{len(images)}_{torch.get_num_threads()}.pt2".replace(" ", "_"))
-        return load_compiled(file), len(int8_calls(file))
+        with quiet(), torch.inference_mode():  # as it is timed: in another mode it would be compiled once more
+            _, sources = run_and_get_code(function, images)
     except RuntimeError as error:  # torch's compiler raises kinds of it
-        hint = "with CXX=none in the environment int8 runs as a graph, not compiled"
-        raise InputError(f"{name} cannot be compiled here ({first_line(error)}): {hint}") from error
+        raise InputError(f"it cannot be compiled here ({first_line(error)})") from error
+    return function, len(re.findall(r"\bonednn\.q(?:conv|linear)\w*\.", "\n".join(sources)))
 
 
 def time_variants(args, network: nn.Module, variants: dict, others: dict, images: torch.Tensor, progress: tqdm) -> list[dict]:
@@ -142,8 +142,14 @@ def time_variants(args, network: nn.Module, variants: dict, others: dict, images
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps a library that is in use
         for name, variant in variants.items():
             progress.set_postfix_str(f"{name}, batch {len(images)}, threads {torch.get_num_threads()}")
-            function, counts[name] = compiled(name, variant, images, Path(folder))
-            calls[name] = lambda function=function: function(images)
+            try:
+                function, count = compiled(name, variant, images, Path(folder))
+            except InputError as error:
+                tqdm.write(f"{name} is left out: {error}")
+                if name != "int8":
+                    continue
+                name, function, count = NOT_COMPILED, variant, None
+            calls[name], counts[name] = (lambda function=function: function(images)), count
             progress.update()
         calls |= load_peers(others, images)
         with torch.inference_mode():
@@ -176,7 +182,7 @@ def compare_outputs(outputs: dict[str, torch.Tensor]) -> dict[str, float]:
 def time_all(args, network: nn.Module, variants: dict, calibration: list[torch.Tensor]) -> list[dict]:
     """Rows for each batch size and number of threads."""
     batches, threads = (args.batch_sizes[:1], args.threads[:1]) if args.quick else (args.batch_sizes, args.threads)
-    batches = [fitting_batch(network, args.model, calibration[0].shape[-1], batch, CPU) for batch in batches]
+    batches = list(dict.fromkeys(fitting_batch(network, args.model, calibration[0].shape[-1], batch, CPU) for batch in batches))
     rows, images = [], torch.cat(calibration)
     total = len(variants) * len(batches) * len(threads)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tqdm(total=total, desc="compiling") as progress:
@@ -186,6 +192,16 @@ def time_all(args, network: nn.Module, variants: dict, calibration: list[torch.T
             for batch in batches:
                 rows += time_variants(args, network, variants, others, images[torch.arange(batch) % len(images)], progress)
     return rows
+
+
+def say_where_floats_are_left(rows: list[dict], layers: int) -> None:
+    """A sentence for each variant whose compiled code has fewer int8 operations than the network has layers."""
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        operations = {row["int8_operations"] for row in rows if row["variant"] == name} - {None}
+        if 0 in operations:
+            print(f"warning: {name} contains no int8 operation, torch has none for this processor: it computes with floats")
+        elif operations and min(operations) < layers:
+            print(f"{name}: {min(operations)} int8 operations for {layers} convolutions and linear layers: the others compute with floats")
 
 
 def compare(args) -> list[dict]:
@@ -198,21 +214,20 @@ def compare(args) -> list[dict]:
     images = sum(len(batch) for batch in calibration)
     print("reading the int8 network" if args.load else f"converting to int8: export, {images} images to calibrate with, convert")
     # nn.MultiheadAttention's weights would stay float32
-    int8 = load_converted(args, network, calibration[0]) if args.load else quantize_network(with_plain_attention(network), calibration)
+    int8 = load_converted(args, network) if args.load else quantize_network(with_plain_attention(network), calibration)
     variants = find_variants(network, int8, args.quick)
     sizes = sizes_mb(network, variants, calibration[0], args.save)
     if args.save and args.pretrained and not data:
         print(f"warning: random numbers set the scales in {args.save}: good for measuring latency, not for answers about photographs")
     rows = time_all(args, network, variants, calibration)
-    answering = {name: variants[name] for name in ("compiled bfloat16", "int8", "int8, not compiled") if name in variants}
+    answering = {name: variants[name] for name in ("compiled bfloat16", "int8", NOT_COMPILED) if name in variants}
     accuracy = compare_accuracy(network, answering, data, has_compiler() and not args.quick) if data else {}
     for row in rows:
         same = row["variant"].removesuffix(", torch.compile")  # the int8 graph compiled in another way
         row |= {"size_mb": sizes.get(row["variant"]), "accuracy": None} | accuracy.get(same, {})
     said = ("runs_ms", "accuracy_difference", "accuracy_margin", "same_class")  # in sentences, here and below
     print_table([{key: value for key, value in row.items() if key not in said} for row in rows])
-    if any(row["int8_operations"] == 0 for row in rows):
-        print("warning: the compiled code contains no int8 operation, torch has none for this processor: the rows int8 compute with floats")
+    say_where_floats_are_left(rows, sum(isinstance(module, nn.Conv2d | nn.Linear) for module in with_plain_attention(network).modules()))
     say(rows)
     save_figure(plot_speed(rows), quantize.__file__, "speed", args, f"{REPEATS} repeats in turn, median")
     return rows

@@ -23,7 +23,7 @@ from cifar10 import DAMAGED, HUB_ID, SAMPLE_NAME, Images, augment, class_name, f
 from common import DATA, InputError, atomic_path
 from m29_inference.int8 import first_line, quiet
 from m29_inference.student import trained_student
-from m29_inference.training import fast_format
+from m29_inference.training import fast_format, fingerprint
 
 CHUNK = 2000  # images a file: seconds of our network, two minutes of a Vision Transformer on two cores
 UNCHANGED = -1  # the view without augmentation
@@ -51,10 +51,7 @@ class Teacher:
 
     def fingerprint(self) -> str:
         """Of all its numbers, its number format, and how images are prepared and classes ordered: another teacher has another one."""
-        digest = hashlib.sha256(f"{self.preparation} {fast_format(self.device)}".encode())
-        for value in self.module.state_dict().values():
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(f"{self.preparation} {fast_format(self.device)} {fingerprint(self.module)}".encode()).hexdigest()[:16]
 
 
 # ---- which teacher ---------------------------------------------------------------------------------------------------

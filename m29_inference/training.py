@@ -161,6 +161,14 @@ def restore(file: Path | None, network: nn.Module, optimizer: torch.optim.Optimi
         return []
 
 
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 of all its numbers, masks and running means among them."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 # ---- what was trained ------------------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,14 @@ def test_why_the_counters_differ_is_said():
     assert architectures.why_counters_differ(model, macs, 224) == "counters differ"  # by more than the biases: no reason is known
 
 
+@pytest.mark.parametrize("name", architectures.AS_PUBLISHED)
+def test_what_is_built_without_weights_is_the_network_that_was_published(name):
+    with torch.device("meta"):  # without numbers
+        model, weights = architectures.build(name, False, torch.device("meta"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == weights.meta["num_params"]
+    assert getattr(model, "image_size", 224) == architectures.published_resolution(weights)
+
+
 def test_a_published_count_is_known_to_a_thousandth():
     model, weights = architectures.build("shufflenet_v2_x0_5", False, CPU)  # 0.0405 GMACs, published as 0.04
     assert architectures.describe("shufflenet_v2_x0_5", model, weights, 224)["note"] is None
