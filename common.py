@@ -58,6 +58,8 @@ class CourseParser(argparse.ArgumentParser):
     """argparse with the course's single-hyphen flags and errors of one line."""
 
     def error(self, message: str):
+        if not first_of_machine():  # the others found the same
+            self.exit(2)
         self.exit(2, f"{self.prog}: error: {message} (-h shows all flags)\n")
 
     def refuse_unknown(self, words: list[str]) -> None:
@@ -116,6 +118,11 @@ def prepare_torch(parser: CourseParser, args: argparse.Namespace) -> None:
     args.device = torch.device(args.device)
 
 
+def first_of_machine() -> bool:
+    """Whether this process speaks for those that torchrun started beside it on this machine; True without torchrun."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def course_spelling(word: str) -> str:
     """--num-workers=4 -> -num_workers=4; values, negative numbers included, stay as they are."""
     flag = re.fullmatch(r"--?([A-Za-z][\w-]*)(=.*)?", word, flags=re.DOTALL)
@@ -126,7 +133,9 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
     """sys.excepthook of the scripts: what the user can mend is said in a sentence, a defect of ours keeps its traceback."""
     text = str(error).strip()
     receiving = "rebuild_storage_fd" in [frame.name for frame in traceback.extract_tb(trace)]  # torch's function: a worker's batch
-    if issubclass(kind, InputError):
+    if issubclass(kind, InputError) and not first_of_machine():
+        pass  # the first one has found the same, and said it
+    elif issubclass(kind, InputError):
         # An error out of a DataLoader worker arrives as text with the worker's traceback; the sentence is its last line.
         print(f"error: {text.splitlines()[-1].removeprefix('common.InputError: ')}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):

@@ -13,6 +13,7 @@ bucket by bucket; then each process takes the same step, so that the networks st
 augmentation are a pure function of (seed, epoch, index). Lines that one process would not need are marked with  # distributed
 """
 
+import collections
 import contextlib
 import hashlib
 import signal
@@ -34,7 +35,7 @@ from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
 from m28_distributed_training.launch import launch, only_first_speaks, print0, under_torchrun
 from m28_distributed_training.training_flags import check, training_parser
 
-REPORT_EVERY = 10  # steps from one global loss to the next; SIGTERM is noticed then, too
+REPORT_STEPS, REPORT_S = 10, 5  # from one global loss to the next at most so many steps, and about so many seconds; so is SIGTERM noticed
 UNUSED = ("epochs", "steps", "accumulate", "micro_batches", "lr", "bf16", "checkpoint", "resume", "max_restarts")  # by -benchmark
 
 
@@ -67,9 +68,9 @@ def train(args) -> None:
     sent = count_bytes(model)  # distributed
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-    settings, stop = run_settings(args, data["train"], steps), catch_sigterm()
+    settings, reports = run_settings(args, data["train"], steps), Reports(args)
     first = resume(args, settings, network, optimizer, scheduler)
-    losses, mean_loss, clock, stopped, kept = [], None, None, False, False
+    mean_loss, clock, stopped, kept = None, None, False, False
     for step in (bar := tqdm(range(first, steps), "training", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps)):
         for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
             # distributed: the all-reduce runs during the last backward(); the gradients are then the mean over all processes
@@ -77,13 +78,13 @@ def train(args) -> None:
                 with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                     loss = nn.functional.cross_entropy(model(images), labels) / args.accumulate
                 loss.backward()
-            losses.append(loss.detach())
+            reports.losses.append(loss.detach())
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         clock = clock or time.perf_counter()  # after the first step, in which memory is asked for and buckets are arranged
-        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-            mean_loss, stopped = agree(losses, stop, args)  # distributed
+        if reports.due(step) or step + 1 == steps:
+            mean_loss, stopped = reports.agree(step)  # distributed
             bar.set_postfix(loss=f"{mean_loss:.3f}")
         if args.checkpoint and ((step + 1) % args.every == 0 or stopped):
             kept = save_checkpoint(args.checkpoint, {"step": step + 1, "settings": settings, **state_of(network, optimizer, scheduler)})
@@ -109,13 +110,25 @@ def count_bytes(model: DistributedDataParallel) -> dict[str, int]:
     return sent
 
 
-def agree(losses: list[torch.Tensor], stop: list, args) -> tuple[float, bool]:
-    """The mean loss over all processes since the last call, and whether any of them was told to stop: all know the same afterwards."""
-    ours = torch.stack([torch.stack(losses).mean() * args.accumulate, torch.tensor(float(len(stop)), device=args.device)])
-    losses.clear()
-    dist.all_reduce(ours)
-    loss, stops = ours.tolist()
-    return loss / dist.get_world_size(), stops > 0
+class Reports:
+    """What the processes tell each other every few steps, all of them after the same ones."""
+
+    def __init__(self, args) -> None:
+        self.args, self.stop, self.clock, self.next, self.before = args, catch_sigterm(), time.perf_counter(), 0, None
+        self.losses = collections.deque(maxlen=REPORT_STEPS * args.accumulate)  # of the last steps, one for each micro-batch
+
+    def due(self, step: int) -> bool:
+        return step >= self.next
+
+    def agree(self, step: int) -> tuple[float, bool]:
+        """The mean loss of all processes in the last steps, and whether any of them was told to stop: all know the same afterwards."""
+        now, loss = time.perf_counter(), torch.stack(list(self.losses)).mean() * self.args.accumulate
+        seconds = (now - self.clock) / (1 if self.before is None else step - self.before)  # a step
+        ours = torch.stack([loss, *torch.tensor([float(len(self.stop)), seconds], device=self.args.device)])
+        dist.all_reduce(ours)
+        loss, stops, seconds = (ours / dist.get_world_size()).tolist()
+        self.clock, self.before, self.next = now, step, step + max(1, min(REPORT_STEPS, int(REPORT_S / seconds)))
+        return loss, stops > 0
 
 
 def catch_sigterm() -> list:

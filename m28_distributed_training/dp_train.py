@@ -146,11 +146,13 @@ def main(args) -> list[dict]:
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0
     if absent := [index for index in args.device_ids or [] if index >= gpus]:
         raise InputError(f"-device_ids {absent[0]}: there are {gpus} GPUs here, counted from 0")
+    if len(set(args.device_ids or [])) < len(args.device_ids or []):
+        raise InputError(f"-device_ids {' '.join(map(str, args.device_ids))}: each GPU can be given once")
     args.device_ids = (args.device_ids or list(range(gpus))) if gpus else None
     if gpus:
         args.device = torch.device("cuda", args.device_ids[0])
         torch.cuda.set_device(args.device)  # the one that is waited for
-    if args.batch_size % args.devices:
+    if not gpus and args.batch_size % args.devices:
         raise InputError(f"-devices {args.devices} does not divide -batch_size {args.batch_size}: every device takes an equal part")
     args.steps = min(args.steps, 8) if args.quick else args.steps
     data = load_cifar10(args.data, args.batch_size)

@@ -30,9 +30,7 @@ from cifar10 import ConvNet, load_cifar10
 from common import parse, print_table, save_results
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
 from m28_distributed_training.ddp_train import (
-    REPORT_EVERY,
-    agree,
-    catch_sigterm,
+    Reports,
     evaluate,
     fingerprint,
     micro_batches,
@@ -72,9 +70,9 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
     model = shard_network(network, args) if shard else DistributedDataParallel(network)  # sharded
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)  # keeps two numbers a parameter
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-    settings, stop = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, catch_sigterm()
+    settings, reports = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, Reports(args)
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
-    losses, mean_loss, held, seconds, stopped, kept = [], None, {}, [], False, False
+    mean_loss, held, seconds, stopped, kept = None, {}, [], False, False
     for step in (
         bar := tqdm(
             range(first, steps), "sharded" if shard else "DDP", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps
@@ -90,7 +88,7 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 loss = nn.functional.cross_entropy(model(images), labels) / args.accumulate
             loss.backward()
-            losses.append(loss.detach())
+            reports.losses.append(loss.detach())
         optimizer.step()
         held = held or held_bytes(model, optimizer)
         optimizer.zero_grad()
@@ -98,8 +96,8 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-            mean_loss, stopped = agree(losses, stop, args)
+        if reports.due(step) or step + 1 == steps:
+            mean_loss, stopped = reports.agree(step)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
         if shard and args.checkpoint and ((step + 1) % args.every == 0 or stopped):
             kept = save(args, step + 1, settings, model, optimizer, scheduler)

@@ -98,6 +98,15 @@ def test_what_a_user_can_mend_is_said_in_one_sentence(raised, said, capsys):
     assert error.startswith(said) and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])
+def test_of_the_processes_of_torchrun_one_speaks(parser, capsys, monkeypatch, rank, speaks):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        common.parse(parser, ["-nonsense"])
+    common.one_sentence(common.InputError, common.InputError("bad"), None)
+    assert stop.value.code == 2 and bool(capsys.readouterr().err) is speaks
+
+
 def test_a_script_ends_with_the_sentence():
     code = "import common; common.parse(common.new_parser(''), []); raise common.InputError('x.jpg cannot be read')"
     run = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -206,7 +207,9 @@ def test_a_step_is_split_into_its_parts():
 
 
 @posix
-def test_sigterm_saves_and_one_process_may_go_on_to_the_same_bits(undisturbed, start_training, run_script, tmp_path):
+@pytest.mark.parametrize("script", ["ddp_train.py", "fsdp_train.py"])
+def test_sigterm_saves_and_one_process_may_go_on_to_the_same_bits(undisturbed, start_training, run_script, tmp_path, monkeypatch, script):
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", f"m28_distributed_training/{script}")  # both end with the same bits
     process, _ = start_training(steps=STEPS)
     process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=30)
@@ -231,18 +234,30 @@ def test_sigterm_before_the_first_step_ends_all_and_starts_nothing_again(start_s
     assert "starting all processes again" not in errors and psutil.wait_procs(ranks, timeout=1)[1] == []
 
 
-@posix
-def test_sharded_training_saves_at_sigterm_too(start_training, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", "m28_distributed_training/fsdp_train.py")
-    process, _ = start_training()
-    process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=30)
-    assert process.returncode == 0 and re.search(r"SIGTERM: stopped after step \d+ of 100000; -resume goes on from here", said), errors
+def test_processes_agree_soon_enough_for_a_job_system(alone, monkeypatch):
+    """It sends SIGTERM and waits perhaps 30 s: no more than ten steps go by, and fewer where they are slow."""
+    now = [0.0]
+    monkeypatch.setattr(ddp_train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(ddp_train, "catch_sigterm", list)
+    for seconds, gap in ((0.1, 10), (1.5, 3), (40, 1)):
+        now[0] = 0.0
+        reports, agreed = ddp_train.Reports(arguments("-accumulate", 2)), []
+        for step in range(24):
+            now[0] += seconds
+            reports.losses.extend(torch.tensor([step / 2, step / 2]))
+            if reports.due(step):
+                agreed.append(step)
+                loss, stopped = reports.agree(step)
+                assert not stopped and loss == sum(range(max(0, step - 9), step + 1)) / min(10, step + 1)  # of the last ten steps
+        assert agreed[0] == 0 and {later - earlier for earlier, later in itertools.pairwise(agreed)} == {gap}
+    reports.stop.append(True)
+    now[0] += 1
+    assert reports.agree(24)[1]
 
 
 @pytest.mark.parametrize("train", [ddp_train.train, fsdp_train.train])
 def test_bfloat16_trains_and_stays_float32_between_steps(alone, tmp_path, monkeypatch, capsys, train):
-    monkeypatch.setattr(sys.modules[train.__module__], "catch_sigterm", list)
+    monkeypatch.setattr(ddp_train, "catch_sigterm", list)
     saved = {}
     for flags in ([], ["-bf16"]):
         args = arguments(*FLAGS, "-steps", 2, "-every", 2, "-checkpoint", tmp_path / f"run{len(flags)}.pt", *flags)

@@ -57,7 +57,7 @@ def test_kill_9_changes_no_bit(undisturbed):
 @pytest.fixture
 def alone(monkeypatch):
     """A group of this process alone, so that what processes do together can be called here."""
-    monkeypatch.setattr(fsdp_train, "catch_sigterm", list)
+    monkeypatch.setattr(ddp_train, "catch_sigterm", list)
     if sys.platform in launch.LOOPBACK:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", launch.LOOPBACK[sys.platform])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
