@@ -91,6 +91,13 @@ def usable_cpus() -> int:
     return min(affinity_cpus(), math.ceil(cgroup_quota() or sys.maxsize))
 
 
+def usable_cores() -> int:
+    """Cores that this process can keep busy with arithmetic: the hardware threads of one core share its multipliers and count once."""
+    layout = read_layout() if sys.platform == "linux" else Layout("psutil", _even_sockets(1))  # elsewhere asking for it takes a second
+    allowed = set(allowed_cpus())
+    return max(1, min(usable_cpus(), sum(not allowed.isdisjoint(core) for socket in layout.sockets for core in socket)))
+
+
 def available_memory() -> int:
     """Bytes this process may still take without swapping, a container's limit counted."""
     left = cgroup_memory_left()

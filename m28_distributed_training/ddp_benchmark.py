@@ -32,7 +32,7 @@ from common import InputError, print_table, save_figure, save_results, spread
 from m28_distributed_training import ddp_train
 from m28_distributed_training.launch import run_rank
 from m28_distributed_training.traffic import ddp_bytes, parameter_bytes
-from machine import usable_cpus
+from machine import usable_cores
 
 ROUNDS, STEPS = 7, 3  # rounds over all groups; steps of each kind a group measures in one round
 
@@ -134,7 +134,7 @@ def benchmark(args) -> None:
     load_cifar10(args.data, args.batch_size)
     parameters = parameter_bytes(ConvNet(args.widths, "group"))
     counts = [n for n in range(1, args.nproc + 1) if args.batch_size % n == 0]
-    threads = args.num_threads or max(1, usable_cpus() // args.nproc)
+    threads = args.num_threads or max(1, usable_cores() // args.nproc)
     shapes = [(n, threads) for n in counts] + ([(1, threads * args.nproc)] if args.nproc > 1 else [])
     rounds = 2 if args.quick else ROUNDS
     print(f"{rounds} rounds of {STEPS} steps of {args.batch_size} images in turn; (processes, threads): {shapes}")

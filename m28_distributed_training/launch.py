@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import InputError, non_negative_int, one_sentence, positive_int, seed_everything
-from machine import usable_cpus
+from machine import usable_cores
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
 BAD_INPUT = 2  # exit code of a process that refuses what it was given
@@ -167,7 +167,7 @@ def wait_for_all(sentinels: list, seconds: float) -> None:
 
 def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
     """Join the group, run worker(args), leave the group. What ends it is said in a sentence; exit code 1, for bad input 2."""
-    args.num_threads = args.num_threads or max(1, usable_cpus() // local_processes(args))
+    args.num_threads = args.num_threads or max(1, usable_cores() // local_processes(args))
     torch.set_num_threads(args.num_threads)
     seed_everything(args.seed)
     if store:

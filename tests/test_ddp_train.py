@@ -562,10 +562,10 @@ def test_cuda_without_nccl_talks_by_gloo(monkeypatch):
     assert (args.backend, args.nproc) == ("gloo", 2)
 
 
-@pytest.mark.parametrize(("cpus", "nproc", "threads"), [(8, 2, 4), (2, 2, 1), (3, 4, 1)])
-def test_each_process_takes_its_share_of_the_cpus(monkeypatch, cpus, nproc, threads):
+@pytest.mark.parametrize(("cores", "nproc", "threads"), [(8, 2, 4), (2, 2, 1), (3, 4, 1)])
+def test_each_process_takes_its_share_of_the_cores(monkeypatch, cores, nproc, threads):
     args = arguments("-nproc", nproc)
-    monkeypatch.setattr(launch, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(launch, "usable_cores", lambda: cores)
     monkeypatch.setattr(launch, "leave", lambda code: None)
     monkeypatch.setattr(launch, "join_and_run", lambda worker, args, rank, store: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
