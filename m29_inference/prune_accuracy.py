@@ -92,7 +92,7 @@ def say(rows: list[dict]) -> None:
         fine = [row for row in rows[1:] if reference - row["accuracy_tuned"] <= points / 100]
         most = max(fine, key=lambda row: row["sparsity"], default=None)
         text = f"{most['sparsity']:.0%} of the weights, {most['method']}" if most else "none of those tried"
-        print(f"within {points} points of the unpruned network after the same fine-tuning: {text}")
+        print(f"within {points} points of the unpruned network after the same fine-tuning, one seed: {text}")
 
 
 def plot(rows: list[dict]) -> plt.Figure:
