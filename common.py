@@ -118,6 +118,11 @@ def prepare_torch(parser: CourseParser, args: argparse.Namespace) -> None:
     args.device = torch.device(args.device)
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun, or a job system that sets the same variables, has started this process as one of many."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def first_of_machine() -> bool:
     """Whether this process speaks for those that torchrun started beside it on this machine; True without torchrun."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

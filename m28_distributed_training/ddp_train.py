@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
-from common import InputError, parse, print_table, save_results
+from common import InputError, parse, print_table, save_results, under_torchrun
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
-from m28_distributed_training.launch import launch, only_first_speaks, print0, under_torchrun
+from m28_distributed_training.launch import launch, only_first_speaks, print0
 from m28_distributed_training.training_flags import check, training_parser
 
 REPORT_STEPS, REPORT_S = 10, 5  # from one global loss to the next at most so many steps, and about so many seconds; so is SIGTERM noticed

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, non_negative_int, one_sentence, positive_int, seed_everything
+from common import InputError, non_negative_int, one_sentence, positive_int, seed_everything, under_torchrun
 from machine import usable_cores
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
@@ -41,11 +41,6 @@ def add_launch_flags(parser) -> None:
     )
     parser.add_argument("-timeout_s", type=positive_int, default=60, help="seconds a process waits for the others (default: 60)")
     parser.add_argument("-backend", choices=["gloo", "nccl"], help="how processes talk (default: nccl with CUDA, gloo otherwise)")
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun, or a job system that sets the same variables, has started this process as one of many."""
-    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def world_size(args) -> int:

@@ -20,40 +20,46 @@ all train: up to the plateau of its loss at the full learning rate, and as many 
 import argparse
 import inspect
 import itertools
-import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import SAMPLE_NAME, Images, load_cifar10, normalize, stratified
-from common import InputError, new_parser, parse, positive_int, positive_number, print_table, save_figure, save_results, share
+from common import (
+    InputError,
+    new_parser,
+    parse,
+    positive_int,
+    positive_number,
+    print_table,
+    save_figure,
+    save_results,
+    share,
+    under_torchrun,
+)
 from common import seed as seed_number
 from m29_inference.distill_report import ALONE, DISTILLED, costs, plot_curves, plot_knowledge, plot_sweep, say, say_cost
 from m29_inference.network import new_network
-from m29_inference.student import EPOCHS, WIDTHS, quick_part, training_step
+from m29_inference.student import WIDTHS, quick_part, training_step
 from m29_inference.teacher import (
     UNCHANGED,
     Teacher,
     cache_folder,
     cached_logits,
-    compute_logits,
+    find_teacher,
     load_pretrained,
-    own_teacher,
-    pretrained_teacher,
+    share_logits,
 )
 from m29_inference.training import BATCH, hard_loss, train, training_file
 
-TEACHER_WIDTHS = (64, 128, 384)  # two million parameters; the student is the network that the other exercises use, with 295,000
 SMALL_WIDTHS = (16, 32, 64)  # 76,000: the student on the drawn sample, where that network is the teacher
 SAMPLE_EPOCHS = 4  # of the students on the drawn sample, which is learnt soon
 TEMPERATURES, ALPHAS = (1.0, 2.0, 4.0, 8.0), (0.5, 0.9)  # of the sweep
-GATE = 500  # test images on which a teacher is measured before anything is computed with it
+QUICK_IMAGES = 1024  # that the students see with -quick
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -82,26 +88,6 @@ LOSS_CODE = inspect.getsource(mixed_loss)  # another loss, another training
 
 
 # ---- teacher and students --------------------------------------------------------------------------------------------
-
-
-def find_teacher(args, data: dict[str, Images], real: bool, pretrained) -> Teacher:
-    """The teacher, after its accuracy was measured; InputError when that is less than -min_teacher_accuracy."""
-    if pretrained:
-        teacher = pretrained_teacher(args.teacher, *pretrained, data["test"], args.device)
-    elif real:
-        teacher = own_teacher(data, TEACHER_WIDTHS, args.teacher_epochs, args.seed, args.device)
-    else:
-        teacher = own_teacher(data, WIDTHS, args.teacher_epochs or (4 if args.quick else EPOCHS), args.seed, args.device)
-    some = stratified(data["test"], min(GATE, len(data["test"])))
-    parts = tqdm(some.images.split(teacher.batch), "measuring the teacher", unit="batch", leave=False)
-    reached = (torch.cat([teacher.logits(part) for part in parts]).argmax(1) == some.labels).double().mean().item()
-    print(f"{teacher.name}: {reached:.1%} of {len(some)} test images right")
-    if reached < args.min_teacher_accuracy:
-        raise InputError(
-            f"{teacher.name} is right for {reached:.1%} of the test images, less than -min_teacher_accuracy {args.min_teacher_accuracy}: "
-            "a student would learn its errors"
-        )
-    return teacher
 
 
 def train_student(
@@ -187,30 +173,16 @@ def main(args) -> list[dict]:
     real = data["train"].name != SAMPLE_NAME and not args.quick
     epochs = args.epochs or (None if real else 2 if args.quick else SAMPLE_EPOCHS)
     args.widths = args.widths or (WIDTHS if real else SMALL_WIDTHS)
+    teacher = None if under_torchrun() else find_teacher(args, data, real, pretrained)
+    if args.quick:
+        data["train"] = data["train"][:QUICK_IMAGES]  # its training needed more
     if under_torchrun():
         share_logits(args, data, views_of(args, epochs), pretrained)
-    teacher = find_teacher(args, data, real, pretrained)
     if args.losses:
         from m29_inference.distill_losses import compare_losses  # which imports this file
 
         return compare_losses(args, data, teacher, epochs)
     return (sweep if args.sweep else compare)(args, data, teacher, epochs)
-
-
-def under_torchrun() -> bool:
-    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
-def share_logits(args, data: dict[str, Images], views: list[int], pretrained) -> NoReturn:
-    """Compute this process's part of the teacher's logits, and end."""
-    if not pretrained:
-        raise InputError("-teacher train: every process would train it anew; it answers fast, so run without torchrun")
-    rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    teacher = find_teacher(args, data, True, pretrained)
-    for split, its_views in {"train": views, "test": [UNCHANGED]}.items():
-        compute_logits(teacher, data[split], its_views, cache_folder(teacher, data[split]), rank, processes)
-    print(f"rank {rank} of {processes}: its part of the logits is on disk; when all are done, run the same without torchrun")
-    sys.exit()
 
 
 if __name__ == "__main__":

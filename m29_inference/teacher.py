@@ -7,11 +7,13 @@ epoch) and kept, in files of CHUNK images. A run that was killed goes on after t
 import contextlib
 import hashlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -19,13 +21,15 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import DAMAGED, HUB_ID, SAMPLE_NAME, Images, augment, class_name, fetched_before, hub_reached, normalize
+from cifar10 import DAMAGED, HUB_ID, SAMPLE_NAME, Images, augment, class_name, fetched_before, hub_reached, normalize, stratified
 from common import DATA, InputError, atomic_path
+from m29_inference import student
 from m29_inference.int8 import first_line, quiet
-from m29_inference.student import trained_student
 from m29_inference.training import fast_format, fingerprint
 
 CHUNK = 2000  # images a file: seconds of our network, two minutes of a Vision Transformer on two cores
+WIDTHS = (64, 128, 384)  # of our own teacher, two million parameters; for the drawn sample it is the network of student.py
+GATE = 500  # test images on which a teacher is measured before anything is computed with it
 UNCHANGED = -1  # the view without augmentation
 AUGMENTATION = inspect.getsource(augment)  # read now, for the file may be edited while logits are computed
 
@@ -70,7 +74,7 @@ class Mirrored(nn.Module):
 
 def own_teacher(data: dict[str, Images], widths: tuple, epochs: int | None, seed: int, device: torch.device) -> Teacher:
     """Our network of these widths, trained on these data on first use; it looks at every image in both directions."""
-    network, _ = trained_student(data, epochs, seed, device, widths)
+    network, _ = student.trained_student(data, epochs, seed, device, widths)
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
         return normalize(images).contiguous(memory_format=torch.channels_last)
@@ -139,6 +143,26 @@ def match_classes(source: str, names: dict[int, str], data: Images) -> list[int]
     return [index[class_name(name)] for name in classes]
 
 
+def find_teacher(args, data: dict[str, Images], real: bool, pretrained) -> Teacher:
+    """The teacher, after its accuracy was measured; InputError when that is less than -min_teacher_accuracy."""
+    if pretrained:
+        teacher = pretrained_teacher(args.teacher, *pretrained, data["test"], args.device)
+    elif real:
+        teacher = own_teacher(data, WIDTHS, args.teacher_epochs, args.seed, args.device)
+    else:
+        teacher = own_teacher(data, student.WIDTHS, args.teacher_epochs or (4 if args.quick else student.EPOCHS), args.seed, args.device)
+    some = stratified(data["test"], min(GATE, len(data["test"])))
+    parts = tqdm(some.images.split(teacher.batch), "measuring the teacher", unit="batch", leave=False)
+    reached = (torch.cat([teacher.logits(part) for part in parts]).argmax(1) == some.labels).double().mean().item()
+    print(f"{teacher.name}: {reached:.1%} of {len(some)} test images right")
+    if reached < args.min_teacher_accuracy:
+        raise InputError(
+            f"{teacher.name} is right for {reached:.1%} of the test images, less than -min_teacher_accuracy {args.min_teacher_accuracy}: "
+            "a student would learn its errors"
+        )
+    return teacher
+
+
 # ---- its logits, kept ------------------------------------------------------------------------------------------------
 
 
@@ -189,3 +213,15 @@ def cached_logits(teacher: Teacher, data: Images, views: list[int]) -> dict[int,
     folder = cache_folder(teacher, data)
     compute_logits(teacher, data, views, folder)
     return {view: torch.cat([read_chunk(folder, view, chunk) for chunk in chunks(data)]) for view in views}
+
+
+def share_logits(args, data: dict[str, Images], views: list[int], pretrained) -> NoReturn:
+    """Compute this process's part of the teacher's logits, and end."""
+    if not pretrained:
+        raise InputError("-teacher train: every process would train it anew; it answers fast, so run without torchrun")
+    rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    teacher = find_teacher(args, data, True, pretrained)
+    for split, its_views in {"train": views, "test": [UNCHANGED]}.items():
+        compute_logits(teacher, data[split], its_views, cache_folder(teacher, data[split]), rank, processes)
+    print(f"rank {rank} of {processes}: its part of the logits is on disk; when all are done, run the same without torchrun")
+    sys.exit()

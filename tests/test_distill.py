@@ -286,7 +286,7 @@ def test_our_own_teacher_looks_in_both_directions(monkeypatch):
     torch.manual_seed(0)
     network = ConvNet((8, 8, 8), "batch").eval()
     network.head.weight.data *= 1000  # noise looks much the same from both sides
-    monkeypatch.setattr(teachers, "trained_student", lambda *_: (network, []))
+    monkeypatch.setattr(student, "trained_student", lambda *_: (network, []))
     teacher, images = teachers.own_teacher({}, (8, 8, 8), 1, 0, CPU), noise(8).images
     one_way = Teacher("one way", network, teacher.prepare, CPU)
     both = (one_way.logits(images) + one_way.logits(images.flip(3))) / 2
