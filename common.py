@@ -58,8 +58,7 @@ class CourseParser(argparse.ArgumentParser):
     """argparse with the course's single-hyphen flags and errors of one line."""
 
     def error(self, message: str):
-        if not first_of_machine():  # the others found the same
-            self.exit(2)
+        let_the_first_speak()
         self.exit(2, f"{self.prog}: error: {message} (-h shows all flags)\n")
 
     def refuse_unknown(self, words: list[str]) -> None:
@@ -123,9 +122,13 @@ def under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def first_of_machine() -> bool:
-    """Whether this process speaks for those that torchrun started beside it on this machine; True without torchrun."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+def let_the_first_speak(number: int | None = None) -> None:
+    """Wait, in all but the first of the processes that were started together: what it found as well is said by then, and this one ended.
+
+    `number` of this process; without it torchrun's on this machine.
+    """
+    if number or (number is None and under_torchrun() and os.environ.get("LOCAL_RANK", "0") != "0"):
+        time.sleep(3)  # longer than it takes torchrun, and launch.py, to end the others
 
 
 def course_spelling(word: str) -> str:
@@ -138,9 +141,8 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
     """sys.excepthook of the scripts: what the user can mend is said in a sentence, a defect of ours keeps its traceback."""
     text = str(error).strip()
     receiving = "rebuild_storage_fd" in [frame.name for frame in traceback.extract_tb(trace)]  # torch's function: a worker's batch
-    if issubclass(kind, InputError) and not first_of_machine():
-        pass  # the first one has found the same, and said it
-    elif issubclass(kind, InputError):
+    if issubclass(kind, InputError):
+        let_the_first_speak()
         # An error out of a DataLoader worker arrives as text with the worker's traceback; the sentence is its last line.
         print(f"error: {text.splitlines()[-1].removeprefix('common.InputError: ')}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):

@@ -94,8 +94,9 @@ def usable_cpus() -> int:
 def usable_cores() -> int:
     """Cores that this process can keep busy with arithmetic: the hardware threads of one core share its multipliers and count once."""
     layout = read_layout() if sys.platform == "linux" else Layout("psutil", _even_sockets(1))  # elsewhere asking for it takes a second
-    allowed = set(allowed_cpus())
-    return max(1, min(usable_cpus(), sum(not allowed.isdisjoint(core) for socket in layout.sockets for core in socket)))
+    allowed, cores = set(allowed_cpus()), [core for socket in layout.sockets for core in socket]
+    unknown = allowed - {cpu for core in cores for cpu in core}  # a container may show another computer's layout
+    return max(1, min(usable_cpus(), sum(not allowed.isdisjoint(core) for core in cores) + len(unknown)))
 
 
 def available_memory() -> int:

@@ -66,9 +66,10 @@ def train(args) -> None:
     network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
     model = DistributedDataParallel(network)  # distributed: the parameters of rank 0 are sent to all, once
     sent = count_bytes(model)  # distributed
+    settle_buckets(model, *micro_batches(data["train"], 0, args)[0], sent)  # distributed
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-    settings, reports = run_settings(args, data["train"], steps), Reports(args)
+    settings, reports = run_settings(args, data["train"], steps), Reports(args, catch_sigterm())
     first = resume(args, settings, network, optimizer, scheduler)
     mean_loss, clock, stopped, kept = None, None, False, False
     for step in (bar := tqdm(range(first, steps), "training", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps)):
@@ -110,11 +111,23 @@ def count_bytes(model: DistributedDataParallel) -> dict[str, int]:
     return sent
 
 
+def settle_buckets(model: DistributedDataParallel, images: torch.Tensor, labels: torch.Tensor, sent: dict[str, int]) -> None:
+    """Throw away one backward pass. After its first DDP arranges its buckets anew, in the order in which the gradients came.
+
+    Three or more processes are added up in an order that depends on the place in the bucket. A run that goes on after a kill would take
+    its first step with the first arrangement, where the undisturbed run has the second one, and would end with other bits.
+    """
+    nn.functional.cross_entropy(model(images), labels).backward()
+    model.zero_grad()
+    sent["bytes"] = 0
+
+
 class Reports:
     """What the processes tell each other every few steps, all of them after the same ones."""
 
-    def __init__(self, args) -> None:
-        self.args, self.stop, self.clock, self.next, self.before = args, catch_sigterm(), time.perf_counter(), 0, None
+    def __init__(self, args, stop: list) -> None:
+        self.args, self.stop = args, stop
+        self.clock, self.before, self.next = time.perf_counter(), None, 0  # when and after which step they last agreed, when they will
         self.losses = collections.deque(maxlen=REPORT_STEPS * args.accumulate)  # of the last steps, one for each micro-batch
 
     def due(self, step: int) -> bool:
@@ -122,9 +135,10 @@ class Reports:
 
     def agree(self, step: int) -> tuple[float, bool]:
         """The mean loss of all processes in the last steps, and whether any of them was told to stop: all know the same afterwards."""
-        now, loss = time.perf_counter(), torch.stack(list(self.losses)).mean() * self.args.accumulate
+        loss = torch.stack(list(self.losses)).mean().item() * self.args.accumulate  # item() waits for a GPU
+        now = time.perf_counter()
         seconds = (now - self.clock) / (1 if self.before is None else step - self.before)  # a step
-        ours = torch.stack([loss, *torch.tensor([float(len(self.stop)), seconds], device=self.args.device)])
+        ours = torch.tensor([loss, len(self.stop), seconds], device=self.args.device)
         dist.all_reduce(ours)
         loss, stops, seconds = (ours / dist.get_world_size()).tolist()
         self.clock, self.before, self.next = now, step, step + max(1, min(REPORT_STEPS, int(REPORT_S / seconds)))

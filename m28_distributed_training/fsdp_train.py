@@ -31,6 +31,7 @@ from common import parse, print_table, save_results
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
 from m28_distributed_training.ddp_train import (
     Reports,
+    catch_sigterm,
     evaluate,
     fingerprint,
     micro_batches,
@@ -48,9 +49,10 @@ def train(args) -> None:
     """Train sharded, then the same steps with DDP, compare parameters and memory. Every process runs this."""
     with only_first_speaks():
         data = load_cifar10(args.data, args.batch_size)
-    sharded = train_once(args, data, shard=True)
+    stop = catch_sigterm()
+    sharded = train_once(args, data, stop, shard=True)
     if sharded:  # not stopped
-        report(args, data, sharded, None if args.checkpoint else train_once(args, data, shard=False))
+        report(args, data, sharded, None if args.checkpoint else train_once(args, data, stop, shard=False))
 
 
 def shard_network(network: nn.Module, args) -> nn.Module:
@@ -61,7 +63,7 @@ def shard_network(network: nn.Module, args) -> nn.Module:
     return fully_shard(network, mesh=mesh)
 
 
-def train_once(args, data: dict, shard: bool) -> dict | None:
+def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
     """The loop of ddp_train.py, sharded or not: what each process holds, images/s and the parameters at the end; None when stopped."""
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
     torch.manual_seed(args.seed)  # the same first parameters in all processes, sharded or not
@@ -70,7 +72,7 @@ def train_once(args, data: dict, shard: bool) -> dict | None:
     model = shard_network(network, args) if shard else DistributedDataParallel(network)  # sharded
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)  # keeps two numbers a parameter
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-    settings, reports = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, Reports(args)
+    settings, reports = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, Reports(args, stop)
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
     mean_loss, held, seconds, stopped, kept = None, {}, [], False, False
     for step in (

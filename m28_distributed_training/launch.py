@@ -5,6 +5,7 @@ and runs worker(args) itself; started plainly it becomes the parent of `-nproc` 
 """
 
 import contextlib
+import errno
 import io
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, non_negative_int, one_sentence, positive_int, seed_everything, under_torchrun
+from common import InputError, let_the_first_speak, non_negative_int, one_sentence, positive_int, seed_everything, under_torchrun
 from machine import usable_cores
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
@@ -175,8 +176,13 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
         recorded()(worker, args, rank, store)
         leave(0)
     except InputError as error:
-        if local_rank(rank) == 0:  # the others found the same
-            one_sentence(InputError, error, None)
+        let_the_first_speak(rank if store else None)
+        one_sentence(InputError, error, None)
+        leave(BAD_INPUT)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        one_sentence(OSError, error, None)  # the disk is full, and would be after a restart
         leave(BAD_INPUT)
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST):
@@ -213,7 +219,7 @@ def leave(code: int) -> None:
 
 def local_rank(rank: int) -> int:
     """Number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", rank))
+    return int(os.environ.get("LOCAL_RANK", rank)) if under_torchrun() else rank
 
 
 def join_and_run(worker, args, rank: int, store: Path | None) -> None:

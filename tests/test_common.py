@@ -98,13 +98,18 @@ def test_what_a_user_can_mend_is_said_in_one_sentence(raised, said, capsys):
     assert error.startswith(said) and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])
-def test_of_the_processes_of_torchrun_one_speaks(parser, capsys, monkeypatch, rank, speaks):
-    monkeypatch.setenv("LOCAL_RANK", rank)
+@pytest.mark.parametrize(("rank", "world", "waits"), [("0", "2", 0), ("1", "2", 2), ("1", None, 0)])
+def test_of_the_processes_of_torchrun_the_first_speaks_first(parser, capsys, monkeypatch, rank, world, waits):
+    """The others wait, so that they are ended before they say the same; what they alone found is said."""
+    waited = []
+    monkeypatch.setattr(common.time, "sleep", waited.append)
+    for name, value in {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": world}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stop:
         common.parse(parser, ["-nonsense"])
     common.one_sentence(common.InputError, common.InputError("bad"), None)
-    assert stop.value.code == 2 and bool(capsys.readouterr().err) is speaks
+    assert stop.value.code == 2 and "error: bad" in capsys.readouterr().err and len(waited) == waits
 
 
 def test_a_script_ends_with_the_sentence():

@@ -96,7 +96,10 @@ def test_usable_cpus_is_the_smaller_of_affinity_and_quota(monkeypatch, affinity,
     assert machine.usable_cpus() == usable
 
 
-@pytest.mark.parametrize(("allowed", "quota", "cores"), [(range(8), None, 4), ((0, 1), None, 1), ((0, 2, 3), None, 2), (range(8), 1.5, 2)])
+@pytest.mark.parametrize(
+    ("allowed", "quota", "cores"),
+    [(range(8), None, 4), ((0, 1), None, 1), ((0, 2, 3), None, 2), (range(8), 1.5, 2), ((48, 49), None, 2)],
+)
 def test_the_threads_of_one_core_count_once(monkeypatch, allowed, quota, cores):
     pairs = [[(0, 1), (2, 3)], [(4, 5), (6, 7)]]  # two sockets of two cores
     monkeypatch.setattr(machine, "read_layout", lambda: Layout("made up", pairs))

@@ -135,8 +135,8 @@ def noise() -> tuple[torch.nn.Module, Images]:
     return network, Images(pixels, torch.randint(0, 10, (1001,), generator=generator), (), "noise")
 
 
-def evaluate_in_groups(rank: int, folder: Path, counted) -> None:
-    """Evaluate in groups of 4, 3, 2 and 1 processes, one after the other; each puts (world, right answers)."""
+def work_in_groups(rank: int, folder: Path, counted, trained) -> None:
+    """Evaluate in groups of 4, 3, 2 and 1 processes, one after the other; each puts (world, right answers). In the first also train."""
     torch.set_num_threads(1)
     if sys.platform in launch.LOOPBACK:
         os.environ["GLOO_SOCKET_IFNAME"] = launch.LOOPBACK[sys.platform]
@@ -145,23 +145,46 @@ def evaluate_in_groups(rank: int, folder: Path, counted) -> None:
         store = dist.FileStore(str(folder / f"store{world}"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
         counted.put((world, ddp_train.evaluate(network, data, SimpleNamespace(device=torch.device("cpu")))))
+        if world == 4:
+            train_and_go_on(rank, folder / "run.pt", data, trained)
         dist.destroy_process_group()
 
 
-def test_each_test_image_is_counted_once_by_any_number_of_processes(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    counted = context.SimpleQueue()
-    processes = [context.Process(target=evaluate_in_groups, args=(rank, tmp_path, counted)) for rank in range(4)]
+def train_and_go_on(rank: int, file: Path, data: Images, trained) -> None:
+    """Train 6 steps, of which the fourth is kept, then once more the last two from there; each run puts its parameters."""
+    ddp_train.load_cifar10 = lambda *_: {"train": data, "test": data}
+    ddp_train.report = lambda args, data, network, row: rank or trained.put((ddp_train.fingerprint(network), row["bytes_per_step"]))
+    args = arguments(*FLAGS, "-steps", 6, "-every", 4, "-batch_size", 64, "-checkpoint", file)
+    for args.resume in (False, True):
+        ddp_train.train(args)
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory) -> SimpleNamespace:
+    """What groups of up to four processes counted and trained."""
+    context, folder = multiprocessing.get_context("spawn"), tmp_path_factory.mktemp("groups")
+    counted, trained = context.SimpleQueue(), context.SimpleQueue()
+    processes = [context.Process(target=work_in_groups, args=(rank, folder, counted, trained)) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * 4
+    return SimpleNamespace(counted=sorted(counted.get() for _ in range(10)), trained=[trained.get() for _ in range(2)])
+
+
+def test_each_test_image_is_counted_once_by_any_number_of_processes(groups):
     network, data = noise()
     with torch.inference_mode():
         right = int((network(normalize(data.images)).argmax(1) == data.labels).sum())
-    assert sorted(counted.get() for _ in range(10)) == [(world, right) for world in (1, 2, 3, 4) for _ in range(world)]
+    assert groups.counted == [(world, right) for world in (1, 2, 3, 4) for _ in range(world)]
+
+
+def test_four_processes_that_go_on_end_with_the_same_bits(groups):
+    """Of two numbers there is one sum, of four there are several: DDP's buckets must be the same before and after."""
+    whole, gone_on = groups.trained
+    assert gone_on == whole and whole[1] == 4 * 18_626
 
 
 def test_the_benchmark_measures_processes_against_threads(run_script, tmp_path):
@@ -238,10 +261,9 @@ def test_processes_agree_soon_enough_for_a_job_system(alone, monkeypatch):
     """It sends SIGTERM and waits perhaps 30 s: no more than ten steps go by, and fewer where they are slow."""
     now = [0.0]
     monkeypatch.setattr(ddp_train.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(ddp_train, "catch_sigterm", list)
     for seconds, gap in ((0.1, 10), (1.5, 3), (40, 1)):
         now[0] = 0.0
-        reports, agreed = ddp_train.Reports(arguments("-accumulate", 2)), []
+        reports, agreed = ddp_train.Reports(arguments("-accumulate", 2), []), []
         for step in range(24):
             now[0] += seconds
             reports.losses.extend(torch.tensor([step / 2, step / 2]))
@@ -257,7 +279,7 @@ def test_processes_agree_soon_enough_for_a_job_system(alone, monkeypatch):
 
 @pytest.mark.parametrize("train", [ddp_train.train, fsdp_train.train])
 def test_bfloat16_trains_and_stays_float32_between_steps(alone, tmp_path, monkeypatch, capsys, train):
-    monkeypatch.setattr(ddp_train, "catch_sigterm", list)
+    monkeypatch.setattr(sys.modules[train.__module__], "catch_sigterm", list)
     saved = {}
     for flags in ([], ["-bf16"]):
         args = arguments(*FLAGS, "-steps", 2, "-every", 2, "-checkpoint", tmp_path / f"run{len(flags)}.pt", *flags)

@@ -57,7 +57,7 @@ def test_kill_9_changes_no_bit(undisturbed):
 @pytest.fixture
 def alone(monkeypatch):
     """A group of this process alone, so that what processes do together can be called here."""
-    monkeypatch.setattr(ddp_train, "catch_sigterm", list)
+    monkeypatch.setattr(fsdp_train, "catch_sigterm", list)
     if sys.platform in launch.LOOPBACK:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", launch.LOOPBACK[sys.platform])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -70,7 +70,7 @@ def test_a_run_resumed_after_its_last_step_ends_with_the_same_bits(alone, tmp_pa
     data = load_cifar10()
     runs = []
     for args.resume in (False, True):
-        runs.append(fsdp_train.train_once(args, data, shard=True))
+        runs.append(fsdp_train.train_once(args, data, [], shard=True))
     first, again = (run["parameters"] for run in runs)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert runs[1]["held"]["optimizer"] == runs[0]["held"]["optimizer"]

@@ -31,7 +31,7 @@ from stress_ddp import parameters_of
 from common import InputError, new_parser, parse
 
 SCRIPT = ROOT / "m28_distributed_training" / "ddp_train.py"
-STEPS, EVERY, PATIENCE_S = 161, 7, 120  # 7: what SIGTERM saves, a multiple of 10, is no checkpoint of -every
+STEPS, EVERY, PATIENCE_S = 161, 7, 120
 FLAGS = ["-steps", str(STEPS), "-widths", "16", "32", "64", "-num_threads", "1", "-micro_batches", "2", "-device", "cpu"]
 SAVE = ["-checkpoint", "run.pt", "-every", str(EVERY), "-resume", "-timeout_s", "15"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
