@@ -10,7 +10,7 @@
 Every process holds the whole network and takes its share of each batch. The batch is fixed for the whole job (`-batch_size`) and cut
 into micro-batches, one or `-accumulate N` a process. While backward() runs, DDP adds the gradients up over all processes (all-reduce),
 bucket by bucket; then each process takes the same step, so that the networks stay equal without ever being sent again. Order and
-augmentation are a pure function of (seed, epoch, index). Lines that one process would not need are marked with  # distributed
+augmentation are a pure function of (seed, epoch, index). Lines that make one training of several processes are marked  # distributed
 """
 
 import collections

@@ -9,6 +9,7 @@ and lets the launcher start them again. It must end with exit code 0 and the par
 have gone on from a checkpoint at most `-every` steps old. For Linux and macOS.
 """
 
+import collections
 import contextlib
 import os
 import random
@@ -80,8 +81,8 @@ def parameters_of(said: str) -> str:
     return re.search(r"parameters sha256 (\w{64})", said)[1]
 
 
-def kill_one(run: Run, file: Path, while_writing: bool, rng: random.Random) -> int:
-    """SIGKILL one of the two processes at a random step, or the one that writes a checkpoint; the last step seen before that."""
+def kill_one(run: Run, file: Path, while_writing: bool, rng: random.Random) -> tuple[int, str]:
+    """SIGKILL one of the two processes at a random step, or the one that writes a checkpoint; the last step seen before that, and which."""
     target = rng.randrange(1, STEPS + 1)
     while run.step < target and run.process.poll() is None:
         time.sleep(0.001)
@@ -92,21 +93,22 @@ def kill_one(run: Run, file: Path, while_writing: bool, rng: random.Random) -> i
             time.sleep(0.001)  # until it has stopped
             if parts[0].exists():  # it is writing still
                 os.kill(writer, signal.SIGKILL)
-                return target
+                return target, "while a checkpoint was written"
             os.kill(writer, signal.SIGCONT)
     target = run.step
-    with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # after the last step: it may have ended
+    with contextlib.suppress(psutil.NoSuchProcess, IndexError):
         rng.choice(run.ranks()).kill()
-    return target
+        return target, "between"
+    return target, "too late, when it had ended"
 
 
-def trial(script: str, launcher: str, while_writing: bool, parameters: str, rng: random.Random) -> int:
-    """One killed run, checked; the number of steps that had to be done again, as far as the progress bar tells."""
+def trial(script: str, launcher: str, while_writing: bool, parameters: str, rng: random.Random) -> tuple[int, str]:
+    """One killed run, checked; the steps that had to be done again, as far as the progress bar tells, and when it was killed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "run.pt")
         flags = ["-checkpoint", str(file), "-every", str(EVERY), "-resume", *(["-max_restarts", "3"] if launcher == "nproc" else [])]
         run = Run(command(script, launcher, flags), Path(folder))
-        killed = kill_one(run, file, while_writing, rng)
+        killed, when = kill_one(run, file, while_writing, rng)
         said = run.end()
         resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", said)]
         assert parameters_of(said) == parameters, f"other parameters after a kill at step {killed}"
@@ -114,7 +116,7 @@ def trial(script: str, launcher: str, while_writing: bool, parameters: str, rng:
         ended = not resumed and killed == STEPS  # all was done
         assert begun_anew or ended or (resumed and resumed[0] >= killed - EVERY), f"killed at step {killed}, resumed at {resumed}"
         assert not list(file.parent.glob(".*part*")), "a half-written checkpoint is left"
-        return 0 if ended else max(0, killed - (resumed or [0])[0])
+        return (0 if ended else max(0, killed - (resumed or [0])[0])), when
 
 
 def main(args) -> None:
@@ -123,13 +125,16 @@ def main(args) -> None:
         parameters = parameters_of(Run(command(args.script, "nproc", []), Path(folder)).end())
         for number in tqdm(range(args.exits), "undisturbed runs"):
             assert parameters_of(Run(command(args.script, LAUNCHERS[number % 2], []), Path(folder)).end()) == parameters
-    lost = []
+    lost, times = [], collections.Counter()
     for number in tqdm(range(args.trials), "killed runs"):
-        lost.append(trial(args.script, LAUNCHERS[number % 2], number % 3 == 2, parameters, rng))
+        again, when = trial(args.script, LAUNCHERS[number % 2], number % 3 == 2, parameters, rng)
+        lost.append(again)
+        times[when] += 1
     if args.exits:
         print(f"{args.exits} undisturbed runs: exit code 0 and the same parameters in all")
     if lost:
         print(f"{len(lost)} killed runs: exit code 0 and the same parameters in all, at most {max(lost)} of {EVERY} steps done again")
+        print(f"killed {', '.join(f'{when}: {count}' for when, count in times.items())}")
 
 
 if __name__ == "__main__":

@@ -320,7 +320,7 @@ def test_a_run_resumed_after_its_last_step_reports_the_same_bits(alone, tmp_path
     ("launcher", "while_writing"), [("nproc", False), ("nproc", True), ("torchrun", False)], ids=["nproc", "while-writing", "torchrun"]
 )
 def test_kill_9_changes_no_bit(undisturbed, launcher, while_writing):
-    lost = stress_ddp.trial("ddp_train.py", launcher, while_writing, undisturbed["parameters_sha256"], random.Random(launcher))
+    lost, _ = stress_ddp.trial("ddp_train.py", launcher, while_writing, undisturbed["parameters_sha256"], random.Random(launcher))
     assert lost <= EVERY
 
 

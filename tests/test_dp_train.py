@@ -70,6 +70,13 @@ def test_the_traced_gradients_are_one_devices(batch, k):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
 
 
+@no_gpu
+def test_the_courses_two_lines_call_the_network_itself(batch):
+    model = ConvNet((8, 16, 32), "group")
+    parallel = torch.nn.DataParallel(model, device_ids=[0, 1])
+    assert torch.equal(parallel(batch[0]), model(batch[0]))
+
+
 # ---- as a learner runs it --------------------------------------------------------------------------------------------
 
 
