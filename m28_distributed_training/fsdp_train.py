@@ -75,11 +75,8 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
     settings, reports = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, Reports(args, stop)
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
     mean_loss, held, seconds, stopped, kept = None, {}, [], False, False
-    for step in (
-        bar := tqdm(
-            range(first, steps), "sharded" if shard else "DDP", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps
-        )
-    ):
+    said = {"desc": "sharded" if shard else "DDP", "unit": "step", "disable": dist.get_rank() != 0}
+    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, **said)):
         begin = time.perf_counter()
         for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
             last = number == args.accumulate

@@ -34,6 +34,7 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # names of the network interface th
 
 def add_launch_flags(parser) -> None:
     """The flags that say how many processes there are and how long they wait for each other."""
+    parser._option_string_actions["-num_threads"].help = "threads of each process (default: usable cores / processes)"
     parser.add_argument(
         "-nproc", type=positive_int, help="processes on this machine, without torchrun (default: 2, where nccl is used one for each GPU)"
     )
