@@ -144,10 +144,10 @@ def sizes(network: nn.Module, images: torch.Tensor) -> tuple[int, int, int, int]
 
 def main(args) -> list[dict]:
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0
-    if absent := [index for index in args.device_ids or [] if index >= gpus]:
-        raise InputError(f"-device_ids {absent[0]}: there are {gpus} GPUs here, counted from 0")
     if len(set(args.device_ids or [])) < len(args.device_ids or []):
         raise InputError(f"-device_ids {' '.join(map(str, args.device_ids))}: each GPU can be given once")
+    if absent := [index for index in args.device_ids or [] if index >= gpus]:
+        raise InputError(f"-device_ids {absent[0]}: there are {gpus} GPUs here, counted from 0")
     args.device_ids = (args.device_ids or list(range(gpus))) if gpus else None
     if gpus:
         args.device = torch.device("cuda", args.device_ids[0])

@@ -162,6 +162,8 @@ def sweep(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -
 
 
 def main(args) -> list[dict]:
+    if under_torchrun() and args.teacher == "train":
+        raise InputError("-teacher train: every process would train it anew; it answers fast, so run without torchrun")
     pretrained = None if args.teacher == "train" else load_pretrained(args.teacher)
     args.views = args.views or ("once" if pretrained else "every_epoch")
     data = load_cifar10(args.data, BATCH)
@@ -173,11 +175,11 @@ def main(args) -> list[dict]:
     real = data["train"].name != SAMPLE_NAME and not args.quick
     epochs = args.epochs or (None if real else 2 if args.quick else SAMPLE_EPOCHS)
     args.widths = args.widths or (WIDTHS if real else SMALL_WIDTHS)
-    teacher = None if under_torchrun() else find_teacher(args, data, real, pretrained)
+    teacher = find_teacher(args, data, real, pretrained)
     if args.quick:
         data["train"] = data["train"][:QUICK_IMAGES]  # its training needed more
     if under_torchrun():
-        share_logits(args, data, views_of(args, epochs), pretrained)
+        share_logits(teacher, data, views_of(args, epochs))
     if args.losses:
         from m29_inference.distill_losses import compare_losses  # which imports this file
 

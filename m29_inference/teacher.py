@@ -215,12 +215,9 @@ def cached_logits(teacher: Teacher, data: Images, views: list[int]) -> dict[int,
     return {view: torch.cat([read_chunk(folder, view, chunk) for chunk in chunks(data)]) for view in views}
 
 
-def share_logits(args, data: dict[str, Images], views: list[int], pretrained) -> NoReturn:
+def share_logits(teacher: Teacher, data: dict[str, Images], views: list[int]) -> NoReturn:
     """Compute this process's part of the teacher's logits, and end."""
-    if not pretrained:
-        raise InputError("-teacher train: every process would train it anew; it answers fast, so run without torchrun")
     rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    teacher = find_teacher(args, data, True, pretrained)
     for split, its_views in {"train": views, "test": [UNCHANGED]}.items():
         compute_logits(teacher, data[split], its_views, cache_folder(teacher, data[split]), rank, processes)
     print(f"rank {rank} of {processes}: its part of the logits is on disk; when all are done, run the same without torchrun")

@@ -557,3 +557,4 @@ def test_bad_input_is_said(check_refusals, tmp_path):
     }
     nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
     check_refusals(SCRIPT, cases, **nowhere)
+    check_refusals(SCRIPT, {("-quick",): (1, "every process would train it anew")}, RANK="0", WORLD_SIZE="2")

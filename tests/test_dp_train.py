@@ -102,6 +102,7 @@ def test_what_cannot_work_is_said(check_refusals):
     cases = {
         (*SMALL, "-devices", "3"): (1, "error: -devices 3 does not divide -batch_size 128: every device takes an equal part\n"),
         (*SMALL, "-batch_size", "10002"): (1, "a batch of 10002 images is more than the 10,000 training images of the drawn sample\n"),
+        (*SMALL, "-device_ids", "0", "0"): (1, "error: -device_ids 0 0: each GPU can be given once\n"),
         (*SMALL, "-device_ids", "0", "1"): (1, "error: -device_ids 0: there are 0 GPUs here, counted from 0\n"),
     }
     check_refusals(SCRIPT, cases)
