@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import DATA, InputError, atomic_path
 from data.fetch import online
 from data.sample import SAMPLE_CLASSES, cifar10_sample
+from errors import InputError
+from paths import DATA, atomic_path
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 OTHER_NAMES = {"plane": "airplane", "aeroplane": "airplane", "car": "automobile", "auto": "automobile"}  # that some data sets use

@@ -1,4 +1,4 @@
-"""What the scripts share and what teaches nothing: paths, flags, device, timing, tables, results, figures.
+"""What the scripts share and what teaches nothing: flags, device, timing, tables, results, figures.
 
 Every script begins with
 
@@ -6,7 +6,6 @@ Every script begins with
     from common import new_parser, parse, ...
 
 and so runs from any folder, by absolute path, under torchrun and in worker processes, without being installed.
-The environment variables COURSE_DATA and COURSE_RESULTS move the data and the results elsewhere (a read-only checkout, say).
 """
 
 from __future__ import annotations
@@ -14,42 +13,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import errno
-import glob
 import io
 import json
-import multiprocessing
-import os
-import platform
 import random
 import re
-import signal
 import statistics
 import sys
-import tempfile
 import textwrap
-import time
-import traceback
-import zipfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-import psutil
+from errors import let_the_first_speak, one_sentence
+from paths import RESULTS, atomic_path, check_writable, display_path
 
 if TYPE_CHECKING:  # torch and matplotlib take seconds to import, so the functions that need them do it: download.py does not
     import torch
     from matplotlib.figure import Figure
-
-ROOT = Path(__file__).resolve().parent
-DATA = Path(os.environ.get("COURSE_DATA") or ROOT / "data")  # an empty variable counts as none, as in the Makefile
-RESULTS = Path(os.environ.get("COURSE_RESULTS") or ROOT / "results")
-
-
-class InputError(ValueError):
-    """Bad input: the message is one sentence that says what was wrong and what to do; it ends a script with exit code 1."""
-
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
@@ -117,59 +98,10 @@ def prepare_torch(parser: CourseParser, args: argparse.Namespace) -> None:
     args.device = torch.device(args.device)
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun, or a job system that sets the same variables, has started this process as one of many."""
-    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
-def let_the_first_speak(number: int | None = None) -> None:
-    """Wait, in all but the first of the processes that were started together: what it found as well is said by then, and this one ended.
-
-    `number` of this process; without it torchrun's on this machine.
-    """
-    if number or (number is None and under_torchrun() and os.environ.get("LOCAL_RANK", "0") != "0"):
-        time.sleep(3)  # longer than it takes torchrun, and launch.py, to end the others
-
-
 def course_spelling(word: str) -> str:
     """--num-workers=4 -> -num_workers=4; values, negative numbers included, stay as they are."""
     flag = re.fullmatch(r"--?([A-Za-z][\w-]*)(=.*)?", word, flags=re.DOTALL)
     return f"-{flag[1].replace('-', '_')}{flag[2] or ''}" if flag else word
-
-
-def one_sentence(kind: type, error: BaseException, trace) -> None:
-    """sys.excepthook of the scripts: what the user can mend is said in a sentence, a defect of ours keeps its traceback."""
-    text = str(error).strip()
-    receiving = "rebuild_storage_fd" in [frame.name for frame in traceback.extract_tb(trace)]  # torch's function: a worker's batch
-    if issubclass(kind, InputError):
-        let_the_first_speak()
-        # An error out of a DataLoader worker arrives as text with the worker's traceback; the sentence is its last line.
-        print(f"error: {text.splitlines()[-1].removeprefix('common.InputError: ')}", file=sys.stderr)
-    elif issubclass(kind, KeyboardInterrupt):
-        end_by_ctrl_c()
-    elif issubclass(kind, ConnectionError | EOFError) and multiprocessing.parent_process():
-        pass  # a worker was about to hand a batch over when Ctrl-C ended the main process, which has spoken
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
-    elif text.startswith("DataLoader worker") or (receiving and issubclass(kind, OSError | EOFError)):
-        reason = text.splitlines()[0].rstrip(".") if text.startswith("DataLoader") else "a DataLoader worker ended while it sent a batch"
-        print(f"error: {reason}: memory ran out, most likely; try fewer workers or a smaller batch", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def end_by_ctrl_c() -> None:
-    """End this process and its workers at once: unloading torch takes a second or more, and all files are closed by now."""
-    print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    workers, deadline = multiprocessing.active_children(), time.monotonic() + 0.5
-    for worker in workers:  # Ctrl-C reached them as well; killed at once, one may leave its shared memory behind
-        worker.join(timeout=max(0, deadline - time.monotonic()))
-    for worker in workers:
-        worker.terminate()
-        worker.join(timeout=1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)  # dies by the signal, so that a shell loop around the script stops as well
 
 
 def positive_int(text: str) -> int:
@@ -288,59 +220,6 @@ def _cell(value) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder where it is missing; InputError where nothing can be written into it, before the work and not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        refuse_writing(folder, error)
-
-
-def refuse_writing(folder: Path, error: OSError) -> NoReturn:
-    """Say in an InputError that nothing can be written into the folder, and which variable moves it; a full disk is raised as it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise error
-    ours = {"COURSE_RESULTS": RESULTS, "COURSE_DATA": DATA}
-    variable = next((name for name, place in ours.items() if folder.is_relative_to(place)), None)
-    move = f"set {variable} to a folder that you may write to" if variable else "name a file in a folder that you may write to"
-    raise InputError(f"cannot write to {display_path(folder)} ({error.strerror or error}): {move}") from error
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path):
-    """Yield a temporary name beside `path`; moved to `path` when the block ends well, removed when it does not.
-
-    What a process left that was killed while it wrote is removed by the next one that writes the same file.
-    """
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part{path.suffix}")
-    check_writable(path.parent)
-    temporary.touch()
-    remove_left(path.parent, glob.escape(path.name))
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_zip(file: Path) -> None:
-    """Raise zipfile.BadZipFile where a part of what torch.save wrote is no longer what its checksum says: torch.load does not look."""
-    with zipfile.ZipFile(file) as parts:
-        if parts.testzip() or any(part.external_attr & 0x10 for part in parts.infolist()):  # 0x10: a folder, which torch reads as zeros
-            raise zipfile.BadZipFile(f"{file} is damaged")
-
-
-def remove_left(folder: Path, names: str) -> None:
-    """Remove what processes left that were killed while they wrote a file whose name matches the pattern `names`."""
-    for left in folder.glob(f".{names}.{glob.escape(platform.node())}.*.part*"):  # of this machine: several may write to one disk
-        process = re.search(r"\.(\d+)\.part(\.[^.]*)?$", left.name)
-        if process and not psutil.pid_exists(int(process[1])):
-            left.unlink(missing_ok=True)
-
-
 def save_results(file: str, args: argparse.Namespace, rows: list[dict]) -> Path:
     """Write rows, flags, machine and versions to results/<script>.json; `file` is the script's __file__."""
     from machine import machine_facts, versions
@@ -380,9 +259,3 @@ def save_figure(figure: Figure, file: str, name: str, args: argparse.Namespace, 
         plt.show()
     plt.close(figure)
     return path
-
-
-def display_path(path: Path) -> str:
-    """Path as the user would type it: relative to the working folder where it lies below it."""
-    path = Path(path).resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -26,8 +26,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import DATA, ROOT, InputError, check_writable, display_path, new_parser, parse
+from common import new_parser, parse
 from data.fetch import UNKNOWN, Source, download, sha256_of, size_of
+from errors import InputError
+from paths import DATA, ROOT, check_writable, display_path
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from urllib.request import Request, getproxies, proxy_bypass, urlopen
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError
+from errors import InputError
 
 TIMEOUT_S = 30  # silence of a server that counts as a dropped connection
 PAUSES_S = (1, 2, 4)  # before another try; bytes that arrived meanwhile start the row anew

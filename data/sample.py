@@ -21,8 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import DATA, ROOT, InputError, display_path, new_parser, parse, positive_int, refuse_writing
+from common import new_parser, parse, positive_int
 from data.faces import people, save_face
+from errors import InputError
+from paths import DATA, ROOT, display_path, refuse_writing
 
 VERSION = 1  # raise it when a drawing changes: samples made before are then made anew
 IMAGES = 2048  # drawn faces, unless another number is asked for

@@ -29,7 +29,7 @@ import torch
 from matplotlib.patches import Patch, Rectangle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import DATA, new_parser, parse, positive_int, print_table, save_figure, save_results
+from common import new_parser, parse, positive_int, print_table, save_figure, save_results
 from data.sample import IMAGES
 from machine import (
     Cache,
@@ -44,6 +44,7 @@ from machine import (
     usable_cpus,
     workers_within,
 )
+from paths import DATA
 
 START_METHODS = "multiprocessing; Linux: fork, from Python 3.14 on forkserver; macOS, Windows: spawn"
 BATCH_SIZE = 512  # the default of lfw_dataset.py

@@ -29,8 +29,9 @@ from torchvision import transforms
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import DATA, InputError, new_parser, non_negative_int, parse, positive_int, print_table, save_figure, save_results
+from common import new_parser, non_negative_int, parse, positive_int, print_table, save_figure, save_results
 from data.sample import lfw_sample
+from errors import InputError
 from m27_data_loading.loader_timing import (
     batches_in_flight,
     counted,
@@ -44,6 +45,7 @@ from m27_data_loading.loader_timing import (
     warn_about,
     watch_start,
 )
+from paths import DATA
 
 PASSES = 5
 ANOTHER_FOLDER = "give a folder of .jpg files, or fetch LFW with: python data/download.py lfw"

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import atomic_path
 from m27_data_loading import affine
 from m27_data_loading import fast_loader as ours
 from m27_data_loading.lfw_dataset import find_images, load_rgb
+from paths import atomic_path
 
 # ---- what peers share ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import DATA, InputError, atomic_path, check_writable, display_path, remove_left
+from errors import InputError
+from paths import DATA, atomic_path, check_writable, display_path, remove_left
 
 
 class NoPlace(InputError):

@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, atomic_path, check_zip, positive_int
+from common import positive_int
+from errors import InputError
 from m28_distributed_training.launch import local_rank
+from paths import atomic_path, check_zip
 
 FORMAT = "course-m28-checkpoint-1"
 

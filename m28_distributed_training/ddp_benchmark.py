@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, load_cifar10
-from common import InputError, print_table, save_figure, save_results, spread
+from common import print_table, save_figure, save_results, spread
+from errors import InputError
 from m28_distributed_training import ddp_train
 from m28_distributed_training.launch import run_rank
 from m28_distributed_training.traffic import ddp_bytes, parameter_bytes

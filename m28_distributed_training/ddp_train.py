@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
-from common import InputError, parse, print_table, save_results, under_torchrun
+from common import parse, print_table, save_results
+from errors import InputError, under_torchrun
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
 from m28_distributed_training.launch import launch, only_first_speaks, print0
 from m28_distributed_training.training_flags import check, training_parser

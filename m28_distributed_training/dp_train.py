@@ -21,17 +21,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
-from common import (
-    InputError,
-    new_parser,
-    non_negative_int,
-    parse,
-    positive_int,
-    positive_number,
-    print_table,
-    save_figure,
-    save_results,
-)
+from common import new_parser, non_negative_int, parse, positive_int, positive_number, print_table, save_figure, save_results
+from errors import InputError
 from m28_distributed_training.dp_timing import plot_steps, time_on_gpus
 from m28_distributed_training.traffic import dp_bytes, parameter_bytes, plot_traffic, traffic_table
 

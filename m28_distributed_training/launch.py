@@ -23,7 +23,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, let_the_first_speak, non_negative_int, one_sentence, positive_int, seed_everything, under_torchrun
+from common import non_negative_int, positive_int, seed_everything
+from errors import InputError, let_the_first_speak, one_sentence, under_torchrun
 from machine import usable_cores
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")

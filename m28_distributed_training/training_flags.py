@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import load_cifar10
-from common import InputError, new_parser, positive_int, positive_number
+from common import new_parser, positive_int, positive_number
+from errors import InputError
 from m28_distributed_training.checkpoint import add_checkpoint_flags, check_file
 from m28_distributed_training.launch import add_launch_flags, settle_device, world_size
 

@@ -25,18 +25,8 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import (
-    InputError,
-    measure,
-    measure_alternately,
-    new_parser,
-    parse,
-    positive_int,
-    positive_number,
-    print_table,
-    save_figure,
-    save_results,
-)
+from common import measure, measure_alternately, new_parser, parse, positive_int, positive_number, print_table, save_figure, save_results
+from errors import InputError
 from m29_inference.architectures_report import advise, plot_accuracy, plot_rates
 from m29_inference.macs import gmacs
 from machine import available_memory

@@ -29,19 +29,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import SAMPLE_NAME, Images, load_cifar10, normalize, stratified
-from common import (
-    InputError,
-    new_parser,
-    parse,
-    positive_int,
-    positive_number,
-    print_table,
-    save_figure,
-    save_results,
-    share,
-    under_torchrun,
-)
+from common import new_parser, parse, positive_int, positive_number, print_table, save_figure, save_results, share
 from common import seed as seed_number
+from errors import InputError, under_torchrun
 from m29_inference.distill_report import ALONE, DISTILLED, costs, plot_curves, plot_knowledge, plot_sweep, say, say_cost
 from m29_inference.network import new_network
 from m29_inference.student import WIDTHS, quick_part, training_step

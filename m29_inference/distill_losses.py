@@ -16,7 +16,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import Images
-from common import InputError, print_table, save_figure
+from common import print_table, save_figure
+from errors import InputError
 from m29_inference import distill
 from m29_inference.distill import distillation_loss, train_student, views_of
 from m29_inference.distill_report import ALONE

@@ -30,8 +30,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import InputError, atomic_path, check_zip
+from errors import InputError
 from machine import cpu_has
+from paths import atomic_path, check_zip
 
 ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=4096)},)
 MADE_OF = "made_of"  # the note in a saved graph

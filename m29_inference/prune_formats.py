@@ -19,7 +19,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
-from common import InputError, Timing, measure_alternately, print_table, save_figure
+from common import Timing, measure_alternately, print_table, save_figure
+from errors import InputError
 from m29_inference import prune as exercise
 from m29_inference.int8 import first_line
 from m29_inference.prune import remove_masks

@@ -22,7 +22,8 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, parse, positive_int, print_table, save_figure, save_results
+from common import parse, positive_int, print_table, save_figure, save_results
+from errors import InputError
 from m29_inference.student import cpu_parser
 from machine import usable_cpus
 

@@ -13,9 +13,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
-from common import InputError, display_path
+from errors import InputError
 from m29_inference.int8 import compile_to_file, load_compiled, load_graph, save_graph
 from m29_inference.training import CPU, answers, fingerprint
+from paths import display_path
 
 NOT_COMPILED = "int8, not compiled"  # the row where there is no compiler, or it fails
 ACCURACY_BATCH = 250  # images at most; compiled code takes one size alone, so it must divide the test images

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
-from common import InputError, measure_alternately, print_table, save_figure
+from common import measure_alternately, print_table, save_figure
+from errors import InputError
 from m29_inference import quantize
 from m29_inference.architectures import build, fitting_batch, published_resolution, uses_attention
 from m29_inference.int8 import (

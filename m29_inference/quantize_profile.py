@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import InputError, measure_alternately, print_table, save_figure
+from common import measure_alternately, print_table, save_figure
+from errors import InputError
 from m29_inference import quantize
 from m29_inference.architectures import fitting_batch
 from m29_inference.int8 import (

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from cifar10 import ConvNet
-from common import InputError
+from errors import InputError
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from common import InputError
+from errors import InputError
 from m29_inference import architectures, architectures_report
 
 CPU = torch.device("cpu")

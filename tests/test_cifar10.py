@@ -13,8 +13,8 @@ from torchvision.datasets import CIFAR10
 
 import cifar10
 from cifar10 import CLASSES, ConvNet, augment, epoch_order, load_cifar10, normalize
-from common import InputError
 from data.sample import SAMPLE_CLASSES
+from errors import InputError
 
 
 @pytest.fixture

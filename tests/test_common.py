@@ -1,10 +1,7 @@
-"""common.py: flags in every spelling, errors of one line, honest timing, tables, files that are whole or absent."""
+"""common.py: flags in every spelling, wrong ones refused in one line, honest timing, tables, results, figures."""
 
-import errno
 import importlib.metadata
 import json
-import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +13,8 @@ import pytest
 import torch
 
 import common
+from errors import InputError
+from paths import ROOT
 
 CPU = torch.device("cpu")
 
@@ -83,67 +82,6 @@ def test_the_seed_makes_a_run_repeat(parser):
     assert torch.equal(first, torch.rand(3))
 
 
-@pytest.mark.parametrize(
-    ("raised", "said"),
-    [
-        (common.InputError("x.jpg cannot be read"), "error: x.jpg cannot be read\n"),
-        (common.InputError("Caught it\nTraceback\ncommon.InputError: x.jpg cannot be read"), "error: x.jpg cannot be read\n"),
-        (OSError(errno.ENOSPC, "No space left", "big.rgb"), "error: the disk is full (big.rgb): free some space and run again\n"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "error: DataLoader worker (pid 7) is killed"),
-    ],
-)
-def test_what_a_user_can_mend_is_said_in_one_sentence(raised, said, capsys):
-    common.one_sentence(type(raised), raised, None)
-    error = capsys.readouterr().err
-    assert error.startswith(said) and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(("rank", "world", "waits"), [("0", "2", 0), ("1", "2", 2), ("1", None, 0)])
-def test_of_the_processes_of_torchrun_the_first_speaks_first(parser, capsys, monkeypatch, rank, world, waits):
-    """The others wait, so that they are ended before they say the same; what they alone found is said."""
-    waited = []
-    monkeypatch.setattr(common.time, "sleep", waited.append)
-    for name, value in {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": world}.items():
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as stop:
-        common.parse(parser, ["-nonsense"])
-    common.one_sentence(common.InputError, common.InputError("bad"), None)
-    assert stop.value.code == 2 and "error: bad" in capsys.readouterr().err and len(waited) == waits
-
-
-def test_a_script_ends_with_the_sentence():
-    code = "import common; common.parse(common.new_parser(''), []); raise common.InputError('x.jpg cannot be read')"
-    run = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (1, "error: x.jpg cannot be read\n")
-
-
-def test_a_defect_of_ours_keeps_its_traceback(capsys):
-    common.one_sentence(KeyError, KeyError("img"), None)
-    assert "KeyError: 'img'" in capsys.readouterr().err
-
-
-def test_a_worker_whose_main_process_ended_is_silent(capfd):
-    worker = multiprocessing.get_context("spawn").Process(target=common.one_sentence, args=(EOFError, EOFError("gone"), None))
-    worker.start()
-    worker.join()
-    assert worker.exitcode == 0 and capfd.readouterr().err == ""
-    common.one_sentence(ConnectionResetError, ConnectionResetError("reset by peer"), None)  # anywhere else it is a defect
-    assert "ConnectionResetError: reset by peer" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(errno.ECONNRESET, "reset"), FileNotFoundError(errno.ENOENT, "gone")])
-def test_a_worker_that_is_killed_while_it_sends_a_batch_is_said(capsys, error):
-    def rebuild_storage_fd():  # where torch waits for the batch
-        raise error
-
-    with pytest.raises(type(error)) as caught:
-        rebuild_storage_fd()
-    common.one_sentence(caught.type, caught.value, caught.tb)
-    said = capsys.readouterr().err
-    assert said.startswith("error: a DataLoader worker ended while it sent a batch: memory ran out") and said.count("\n") == 1
-
-
 def test_measure_sees_a_sleep_and_counts_its_runs():
     timing = common.measure(lambda: time.sleep(0.02), CPU, repeats=3)
     assert len(timing.runs_ms) == 3
@@ -163,7 +101,7 @@ def test_data_scripts_do_without_torch():
         "import sys, data.download, data.sample; common = sys.modules['common']; common.parse(common.new_parser('', computes=False), []); "
     )
     code += "assert not {'torch', 'matplotlib'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_spread_is_that_of_a_sample():
@@ -176,54 +114,6 @@ def test_a_table_is_aligned(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [len(line) for line in lines] == [len(lines[0])] * 4
     assert lines[2].split() == ["a", "1,235", "50,000"] and lines[3].split() == ["long", "name", "0.01235", "-"]
-
-
-def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(OSError, match="No space"), common.atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "file")
-    with (
-        pytest.raises(common.InputError, match=r"cannot write to .*file .*: set COURSE_RESULTS"),
-        common.atomic_path(common.RESULTS / "a.json"),
-    ):
-        pass
-    with pytest.raises(common.InputError, match="set COURSE_RESULTS"):  # before a script begins to measure
-        common.parse(common.new_parser("Doc."), [])
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
-    with pytest.raises(common.InputError, match="name a file in a folder"), common.atomic_path(tmp_path / "file" / "a.rgb"):
-        pass
-    monkeypatch.setattr(common, "DATA", tmp_path / "file")
-    with pytest.raises(common.InputError, match="set COURSE_DATA"), common.atomic_path(tmp_path / "file" / "a.rgb"):
-        pass
-
-
-def test_an_empty_variable_counts_as_none():
-    code = "import common; assert (common.DATA, common.RESULTS) == (common.ROOT / 'data', common.ROOT / 'results')"
-    environment = {**os.environ, "COURSE_DATA": "", "COURSE_RESULTS": ""}
-    subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, env=environment, check=True)
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    path = tmp_path / "a[1].rgb"  # no pattern, though it looks like one
-    code = f"""
-import os, pathlib, common
-with common.atomic_path(pathlib.Path({str(path)!r})) as temporary:
-    temporary.write_bytes(b'half')
-    os.kill(os.getpid(), 9)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=common.ROOT)
-    assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
-    with common.atomic_path(path) as temporary:
-        temporary.write_bytes(b"whole")
-    assert [left.name for left in tmp_path.iterdir()] == ["a[1].rgb"] and path.read_bytes() == b"whole"
 
 
 def test_results_name_machine_versions_and_flags(parser, monkeypatch, tmp_path):
@@ -246,3 +136,10 @@ def test_no_screen_is_said_when_a_window_is_asked_for(parser, monkeypatch, tmp_p
     monkeypatch.setattr(matplotlib, "get_backend", lambda: "agg")
     common.save_figure(plt.figure(), "script.py", "rates", common.parse(parser, ["-show"]))
     assert "open the file instead" in capsys.readouterr().out
+
+
+def test_a_results_folder_that_cannot_be_written_is_refused_before_a_script_measures(parser, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "file")
+    with pytest.raises(InputError, match=r"cannot write to .*file"):
+        common.parse(parser, [])

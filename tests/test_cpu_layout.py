@@ -17,10 +17,10 @@ import torch
 from matplotlib.colors import to_hex
 
 import machine
-from common import ROOT
 from data.sample import IMAGES, people
 from m27_data_loading import cpu_layout
 from machine import Cache, Layout, cgroup_memory_left, cgroup_quota, cpu_numbers, read_layout
+from paths import ROOT
 
 SCRIPT = "m27_data_loading/cpu_layout.py"
 GB = 10**9

@@ -27,7 +27,8 @@ from PIL import Image
 from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
 
 from cifar10 import ConvNet, Images, normalize
-from common import InputError, parse
+from common import parse
+from errors import InputError
 from m28_distributed_training import checkpoint, ddp_benchmark, ddp_train, fsdp_train, launch, training_flags
 
 SCRIPT = "m28_distributed_training/ddp_train.py"

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from cifar10 import SAMPLE_NAME, ConvNet, Images, load_cifar10, normalize, stratified
-from common import DATA, ROOT, InputError
 from data.sample import SAMPLE_CLASSES, cifar10_sample
+from errors import InputError
 from m29_inference import distill, distill_losses, student, training
 from m29_inference import teacher as teachers
 from m29_inference.distill import distillation_loss, mixed_loss
@@ -28,6 +28,7 @@ from m29_inference.distill_report import gain
 from m29_inference.network import new_network, whitening_filters
 from m29_inference.teacher import UNCHANGED, Teacher, cached_logits, match_classes
 from m29_inference.training import CPU, MOST_EPOCHS, PLATEAU, converged_at, hard_loss, rate, train, training_file
+from paths import DATA, ROOT
 
 SCRIPT = "m29_inference/distill.py"
 SAMPLE = Images(torch.zeros(0), torch.zeros(0), SAMPLE_CLASSES, SAMPLE_NAME)
@@ -412,14 +413,14 @@ def test_other_names_of_the_classes_make_another_teacher(tiny_vit):
 NO_NETWORK = """
 import socket, sys, time
 socket.create_connection = lambda *_, **__: time.sleep(60)  # as where packets are lost
-import cifar10, common
+import cifar10, errors
 from m29_inference import teacher
 
 def refused(load, source):
     begin = time.monotonic()
     try:
         load(source)
-    except common.InputError as error:
+    except errors.InputError as error:
         print(f"{time.monotonic() - begin} {error}")
 
 teacher.load_pretrained(sys.argv[1])

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import common
-from common import InputError
+import paths
 from data import download, fetch
+from errors import InputError, one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_LFW = ROOT.parent / "shared" / "datasets" / "lfw-deepfunneled.tgz"
@@ -370,7 +370,7 @@ def test_disk_full_while_downloading(mirrors, home, monkeypatch, capsys):
     with pytest.raises(OSError, match="No space") as caught:
         run()
     assert list(home.iterdir()) == []
-    common.one_sentence(caught.type, caught.value, caught.tb)
+    one_sentence(caught.type, caught.value, caught.tb)
     assert "error: the disk is full" in capsys.readouterr().err
 
 
@@ -404,7 +404,7 @@ def test_killed_while_unpacking(tmp_path, home, capsys):
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    for module in (common, download):
+    for module in (paths, download):
         monkeypatch.setattr(module, "DATA", tmp_path / "a file" / "data")
     written(tmp_path / "a file", b"")
     with pytest.raises(InputError, match=r"cannot write to .*a file.*: set COURSE_DATA"):
@@ -419,7 +419,7 @@ def type_in(monkeypatch, home):
     """Run the script as `python data/download.py ...` does, but in this process, which has torch loaded already."""
 
     def run_here(*words: str) -> None:
-        monkeypatch.setattr(common, "DATA", home)
+        monkeypatch.setattr(paths, "DATA", home)
         monkeypatch.setattr(sys, "argv", ["download.py", *words])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         runpy.run_path(str(ROOT / "data" / "download.py"), run_name="__main__")

@@ -19,7 +19,7 @@ from conftest import ROOT
 from PIL import Image
 from torchvision.transforms import functional
 
-from common import InputError
+from errors import InputError
 from m27_data_loading import fast_loader, pixel_cache
 from m27_data_loading.affine import as_words, inverse_matrices, random_affine, warp_into, warp_with_numpy
 from m27_data_loading.fast_loader import FastLoader, decode_into

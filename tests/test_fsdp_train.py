@@ -15,7 +15,8 @@ from conftest import ROOT
 from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
 
 from cifar10 import ConvNet, load_cifar10
-from common import InputError, parse
+from common import parse
+from errors import InputError
 from m28_distributed_training import checkpoint, ddp_train, fsdp_train, launch, training_flags
 
 SCRIPT = "m28_distributed_training/fsdp_train.py"

@@ -21,8 +21,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 from torchvision import transforms
 
-from common import InputError
 from data.faces import people
+from errors import InputError
 from m27_data_loading import lfw_dataset, loader_timing
 from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, collate, find_images, load_rgb
 

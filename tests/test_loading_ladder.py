@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import ROOT, InputError
+from errors import InputError
 from m27_data_loading import ladder_report, loader_timing, loading_ladder, loading_peers, peer_process, pixel_cache
 from m27_data_loading.fast_loader import FastLoader
 from m27_data_loading.lfw_dataset import find_images
+from paths import ROOT
 
 
 def counts_small_pages() -> bool:

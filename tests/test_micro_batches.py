@@ -2,7 +2,8 @@
 
 import pytest
 
-from common import InputError, parse
+from common import parse
+from errors import InputError
 from m28_distributed_training.training_flags import check, training_parser
 
 

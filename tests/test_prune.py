@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from cifar10 import ConvNet, Images
-from common import InputError
+from errors import InputError
 from m29_inference import prune as exercise
 from m29_inference import prune_accuracy, prune_formats, prune_structured
 from m29_inference.network import WhitenedNet

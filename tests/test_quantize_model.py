@@ -16,7 +16,8 @@ import torchvision
 from torch import nn
 
 from cifar10 import ConvNet, Images
-from common import InputError, Timing
+from common import Timing
+from errors import InputError
 from m29_inference import int8, quantize_model, quantize_profile, quantize_report, student, training
 from m29_inference.macs import gmacs, gmacs_by_layer
 from m29_inference.network import WhitenedNet

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-import common
-from common import InputError
+import paths
 from data import sample
 from data.faces import draw_face
 from data.sample import SAMPLE_CLASSES, cifar10_sample, lfw_sample
+from errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -227,7 +227,7 @@ def test_what_a_killed_run_left_is_removed_after_an_hour(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "DATA", tmp_path)
+    monkeypatch.setattr(paths, "DATA", tmp_path)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"cannot write to .*file.sample_lfw .*: set COURSE_DATA"):
         lfw_sample(tmp_path / "file" / "sample_lfw", images=2)

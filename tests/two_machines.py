@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from stress_ddp import parameters_of
 
-from common import InputError, new_parser, parse
+from common import new_parser, parse
+from errors import InputError
 
 SCRIPT = ROOT / "m28_distributed_training" / "ddp_train.py"
 STEPS, EVERY, PATIENCE_S = 161, 7, 120

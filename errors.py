@@ -1,0 +1,62 @@
+"""How a script ends that cannot go on: in one sentence that says what the user can mend, and without a process left behind."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+
+
+class InputError(ValueError):
+    """Bad input: the message is one sentence that says what was wrong and what to do; it ends a script with exit code 1."""
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or a job system that sets the same variables, has started this process as one of many."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def let_the_first_speak(number: int | None = None) -> None:
+    """Wait, in all but the first of the processes that were started together: what it found as well is said by then, and this one ended.
+
+    `number` of this process; without it torchrun's on this machine.
+    """
+    if number or (number is None and under_torchrun() and os.environ.get("LOCAL_RANK", "0") != "0"):
+        time.sleep(3)  # longer than it takes torchrun, and launch.py, to end the others
+
+
+def one_sentence(kind: type, error: BaseException, trace) -> None:
+    """sys.excepthook of the scripts: what the user can mend is said in a sentence, a defect of ours keeps its traceback."""
+    text = str(error).strip()
+    receiving = "rebuild_storage_fd" in [frame.name for frame in traceback.extract_tb(trace)]  # torch's function: a worker's batch
+    if issubclass(kind, InputError):
+        let_the_first_speak()
+        # An error out of a DataLoader worker arrives as text with the worker's traceback; the sentence is its last line.
+        print(f"error: {text.splitlines()[-1].removeprefix('errors.InputError: ')}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        end_by_ctrl_c()
+    elif issubclass(kind, ConnectionError | EOFError) and multiprocessing.parent_process():
+        pass  # a worker was about to hand a batch over when Ctrl-C ended the main process, which has spoken
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
+    elif text.startswith("DataLoader worker") or (receiving and issubclass(kind, OSError | EOFError)):
+        reason = text.splitlines()[0].rstrip(".") if text.startswith("DataLoader") else "a DataLoader worker ended while it sent a batch"
+        print(f"error: {reason}: memory ran out, most likely; try fewer workers or a smaller batch", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def end_by_ctrl_c() -> None:
+    """End this process and its workers at once: unloading torch takes a second or more, and all files are closed by now."""
+    print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    workers, deadline = multiprocessing.active_children(), time.monotonic() + 0.5
+    for worker in workers:  # Ctrl-C reached them as well; killed at once, one may leave its shared memory behind
+        worker.join(timeout=max(0, deadline - time.monotonic()))
+    for worker in workers:
+        worker.terminate()
+        worker.join(timeout=1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)  # dies by the signal, so that a shell loop around the script stops as well

@@ -1,0 +1,82 @@
+"""Where data and results lie, and files that are there whole or not at all.
+
+The environment variables COURSE_DATA and COURSE_RESULTS move the data and the results elsewhere (a read-only checkout, say).
+"""
+
+import contextlib
+import errno
+import glob
+import os
+import platform
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+from errors import InputError
+
+ROOT = Path(__file__).resolve().parent
+DATA = Path(os.environ.get("COURSE_DATA") or ROOT / "data")  # an empty variable counts as none, as in the Makefile
+RESULTS = Path(os.environ.get("COURSE_RESULTS") or ROOT / "results")
+
+
+def display_path(path: Path) -> str:
+    """Path as the user would type it: relative to the working folder where it lies below it."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder where it is missing; InputError where nothing can be written into it, before the work and not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        refuse_writing(folder, error)
+
+
+def refuse_writing(folder: Path, error: OSError) -> NoReturn:
+    """Say in an InputError that nothing can be written into the folder, and which variable moves it; a full disk is raised as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    ours = {"COURSE_RESULTS": RESULTS, "COURSE_DATA": DATA}
+    variable = next((name for name, place in ours.items() if folder.is_relative_to(place)), None)
+    move = f"set {variable} to a folder that you may write to" if variable else "name a file in a folder that you may write to"
+    raise InputError(f"cannot write to {display_path(folder)} ({error.strerror or error}): {move}") from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path):
+    """Yield a temporary name beside `path`; moved to `path` when the block ends well, removed when it does not.
+
+    What a process left that was killed while it wrote is removed by the next one that writes the same file.
+    """
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part{path.suffix}")
+    check_writable(path.parent)
+    temporary.touch()
+    remove_left(path.parent, glob.escape(path.name))
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_zip(file: Path) -> None:
+    """Raise zipfile.BadZipFile where a part of what torch.save wrote is no longer what its checksum says: torch.load does not look."""
+    with zipfile.ZipFile(file) as parts:
+        if parts.testzip() or any(part.external_attr & 0x10 for part in parts.infolist()):  # 0x10: a folder, which torch reads as zeros
+            raise zipfile.BadZipFile(f"{file} is damaged")
+
+
+def remove_left(folder: Path, names: str) -> None:
+    """Remove what processes left that were killed while they wrote a file whose name matches the pattern `names`."""
+    for left in folder.glob(f".{names}.{glob.escape(platform.node())}.*.part*"):  # of this machine: several may write to one disk
+        process = re.search(r"\.(\d+)\.part(\.[^.]*)?$", left.name)
+        if process and not psutil.pid_exists(int(process[1])):
+            left.unlink(missing_ok=True)
