@@ -30,16 +30,13 @@ from matplotlib.patches import Patch, Rectangle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import new_parser, parse, positive_int, print_table, save_figure, save_results
+from cpu_topology import Cache, Layout, cpu_name, read_layout
 from data.sample import IMAGES
 from machine import (
-    Cache,
-    Layout,
     affinity_cpus,
     allowed_cpus,
     available_memory,
     cgroup_quota,
-    cpu_name,
-    read_layout,
     shared_memory,
     usable_cpus,
     workers_within,

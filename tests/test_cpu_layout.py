@@ -1,4 +1,4 @@
-"""What this machine is and what this process may use: machine.py on made-up systems, cpu_layout.py on made-up layouts."""
+"""What this machine is and what this process may use: machine.py and cpu_topology.py on made-up systems, cpu_layout.py on made-up layouts."""
 
 import contextlib
 import json
@@ -16,10 +16,12 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
+import cpu_topology
 import machine
+from cpu_topology import Cache, Layout, cpu_numbers, read_layout
 from data.sample import IMAGES, people
 from m27_data_loading import cpu_layout
-from machine import Cache, Layout, cgroup_memory_left, cgroup_quota, cpu_numbers, read_layout
+from machine import cgroup_memory_left, cgroup_quota
 from paths import ROOT
 
 SCRIPT = "m27_data_loading/cpu_layout.py"
@@ -103,7 +105,7 @@ def test_usable_cpus_is_the_smaller_of_affinity_and_quota(monkeypatch, affinity,
 def test_the_threads_of_one_core_count_once(monkeypatch, allowed, quota, cores):
     pairs = [[(0, 1), (2, 3)], [(4, 5), (6, 7)]]  # two sockets of two cores
     monkeypatch.setattr(machine, "read_layout", lambda: Layout("made up", pairs))
-    monkeypatch.setattr(machine, "_even_sockets", lambda sockets: pairs)
+    monkeypatch.setattr(machine, "even_sockets", lambda sockets: pairs)
     monkeypatch.setattr(machine, "allowed_cpus", lambda: list(allowed))
     monkeypatch.setattr(machine, "cgroup_quota", lambda: quota)
     assert machine.usable_cores() == cores
@@ -335,8 +337,8 @@ def test_windows(tmp_path, system, answer, sockets, caches):
 )
 def test_name_of_the_processor(system, monkeypatch, platform, answers, name):
     system(platform, answers)
-    monkeypatch.setattr(machine.platform, "processor", lambda: "told by platform")
-    assert machine.cpu_name() == name
+    monkeypatch.setattr(cpu_topology.platform, "processor", lambda: "told by platform")
+    assert cpu_topology.cpu_name() == name
 
 
 def test_facts_beside_every_result():
