@@ -11,6 +11,7 @@ import platform
 import re
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +22,8 @@ from errors import InputError
 ROOT = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("COURSE_DATA") or ROOT / "data")  # an empty variable counts as none, as in the Makefile
 RESULTS = Path(os.environ.get("COURSE_RESULTS") or ROOT / "results")
+# What is raised by reading a damaged file of npz or of torch.save.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def display_path(path: Path) -> str:

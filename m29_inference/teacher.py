@@ -21,12 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import DAMAGED, HUB_ID, SAMPLE_NAME, Images, augment, class_name, fetched_before, hub_reached, normalize, stratified
+from cifar10 import SAMPLE_NAME, Images, augment, normalize, stratified
+from data.hub import HUB_ID, class_name, fetched_before, hub_reached
 from errors import InputError
 from m29_inference import student
 from m29_inference.int8 import first_line, quiet
 from m29_inference.training import fast_format, fingerprint
-from paths import DATA, atomic_path
+from paths import DAMAGED, DATA, atomic_path
 
 CHUNK = 2000  # images a file: seconds of our network, two minutes of a Vision Transformer on two cores
 WIDTHS = (64, 128, 384)  # of our own teacher, two million parameters; for the drawn sample it is the network of student.py

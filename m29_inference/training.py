@@ -20,11 +20,11 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import DAMAGED, MEAN, STD, ConvNet, Images, Stage, augment, epoch_order, normalization, normalize
+from cifar10 import MEAN, STD, ConvNet, Images, Stage, augment, epoch_order, normalization, normalize
 from errors import InputError
 from m29_inference import network as networks
 from machine import cpu_has, keep_memory
-from paths import DATA, atomic_path, check_zip, display_path
+from paths import DAMAGED, DATA, atomic_path, check_zip, display_path
 
 CPU = torch.device("cpu")
 BATCH, LEARNING_RATE = 256, 0.2

@@ -1,4 +1,4 @@
-"""cifar10.py: batches that depend on seed, epoch and index alone, networks of a known size, data from four kinds of places."""
+"""cifar10.py and data/hub.py: batches of seed, epoch and index alone, networks of a known size, data from four kinds of places."""
 
 import hashlib
 import io
@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-import cifar10
-from cifar10 import CLASSES, ConvNet, augment, epoch_order, load_cifar10, normalize
+from cifar10 import ConvNet, augment, epoch_order, load_cifar10, normalize
+from data import hub
+from data.hub import CLASSES
 from data.sample import SAMPLE_CLASSES
 from errors import InputError
 
@@ -153,7 +154,7 @@ def test_a_folder_of_parquet_files_holds_the_same_pixels(images, tmp_path):
 def test_what_was_decoded_is_kept_until_the_files_change(images, tmp_path, monkeypatch):
     save_parquet(tmp_path, images.numpy())
     load_cifar10(str(tmp_path))
-    monkeypatch.setattr(cifar10, "tqdm", None)  # decoding anew would raise TypeError
+    monkeypatch.setattr(hub, "tqdm", None)  # decoding anew would raise TypeError
     assert torch.equal(load_cifar10(str(tmp_path))["test"].images, images)
     monkeypatch.undo()
     save_parquet(tmp_path, 255 - images.numpy())
@@ -231,14 +232,14 @@ def test_the_short_name_and_another_server(monkeypatch):
     def load(source):
         raise OSError(f"asked for {source}")
 
-    monkeypatch.setattr(cifar10, "hub_reached", lambda: True)
+    monkeypatch.setattr(hub, "hub_reached", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(InputError, match="asked for uoft-cs/cifar10"):
         load_cifar10("cifar10")
     monkeypatch.undo()
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
-    monkeypatch.setattr(cifar10, "online", lambda url: url == "https://mirror.example")
-    assert cifar10.hub_reached.__wrapped__()
+    monkeypatch.setattr(hub, "online", lambda url: url == "https://mirror.example")
+    assert hub.hub_reached.__wrapped__()
 
 
 def test_images_of_several_sizes_are_refused(tmp_path):
@@ -259,7 +260,7 @@ def test_a_folder_without_data_is_said(tmp_path):
 
 
 def test_a_hub_id_that_cannot_be_had_is_said_soon(monkeypatch):
-    monkeypatch.setattr(cifar10, "hub_reached", lambda: False)
+    monkeypatch.setattr(hub, "hub_reached", lambda: False)
     begin = time.monotonic()
     with pytest.raises(
         InputError, match=r"^-data nobody/has-this: no such folder, and the Hugging Face hub cannot be reached; give a folder"
@@ -275,8 +276,8 @@ def test_what_the_hub_gave_before_is_looked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "prepared"))
     (tmp_path / "models--some--vit").mkdir()
     (tmp_path / "prepared" / "some___set").mkdir(parents=True)
-    assert [cifar10.fetched_before(f"some/{name}", "models") for name in ("vit", "set")] == [True, False]
-    assert [cifar10.fetched_before(f"some/{name}", "datasets") for name in ("vit", "set")] == [False, True]
+    assert [hub.fetched_before(f"some/{name}", "models") for name in ("vit", "set")] == [True, False]
+    assert [hub.fetched_before(f"some/{name}", "datasets") for name in ("vit", "set")] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_ten_other_classes_are_not_called_cifar10(images, tmp_path, capsys, name
 @pytest.mark.parametrize("method", [1, 99])
 def test_a_kept_file_that_is_damaged_is_decoded_again(images, tmp_path, method, monkeypatch):
     """A way of compression that zipfile does not know is neither an OSError nor a ValueError."""
-    monkeypatch.setattr(cifar10, "DATA", tmp_path / "kept")
+    monkeypatch.setattr(hub, "DATA", tmp_path / "kept")
     save_parquet(tmp_path, images.numpy())
     load_cifar10(str(tmp_path))
     for file in (tmp_path / "kept" / "decoded_cifar10").iterdir():

@@ -1,4 +1,4 @@
-"""What this machine is and what this process may use: machine.py and cpu_topology.py on made-up systems, cpu_layout.py on made-up layouts."""
+"""machine.py and cpu_topology.py on made-up systems, cpu_layout.py on made-up layouts."""
 
 import contextlib
 import json

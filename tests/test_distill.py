@@ -413,7 +413,7 @@ def test_other_names_of_the_classes_make_another_teacher(tiny_vit):
 NO_NETWORK = """
 import socket, sys, time
 socket.create_connection = lambda *_, **__: time.sleep(60)  # as where packets are lost
-import cifar10, errors
+import cifar10, errors, data.hub
 from m29_inference import teacher
 
 def refused(load, source):
@@ -428,7 +428,7 @@ import datasets, huggingface_hub
 assert huggingface_hub.constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
 refused(cifar10.load_cifar10, "nobody/fetched")
 for load in (teacher.load_pretrained, cifar10.load_cifar10):
-    cifar10.hub_reached.cache_clear()
+    data.hub.hub_reached.cache_clear()
     refused(load, "nobody/nothing")
 """
 
