@@ -29,7 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from errors import InputError
 from m27_data_loading.affine import as_words, inverse_matrices, random_affine, warp_into
-from m27_data_loading.lfw_dataset import find_images, load_rgb
+from m27_data_loading.image_folder import find_images
+from m27_data_loading.lfw_dataset import load_rgb
 from m27_data_loading.pixel_cache import open_cache
 from machine import usable_cpus
 

@@ -15,13 +15,11 @@ beyond the CPUs that this process may use only take turns. With 0 workers the ma
 
 import functools
 import multiprocessing
-import os
 import sys
 import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -30,8 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import new_parser, non_negative_int, parse, positive_int, print_table, save_figure, save_results
-from data.sample import lfw_sample
 from errors import InputError
+from m27_data_loading.image_folder import default_folder, find_images
 from m27_data_loading.loader_timing import (
     batches_in_flight,
     counted,
@@ -45,10 +43,8 @@ from m27_data_loading.loader_timing import (
     warn_about,
     watch_start,
 )
-from paths import DATA
 
 PASSES = 5
-ANOTHER_FOLDER = "give a folder of .jpg files, or fetch LFW with: python data/download.py lfw"
 AUGMENTATIONS = {
     "simple": transforms.RandomAffine(5, (0.1, 0.1), (0.5, 2.0)),  # degrees, share of width and height, zoom
     "complex": transforms.Compose(
@@ -63,33 +59,6 @@ AUGMENTATIONS = {
 
 
 # ---- the data set ----------------------------------------------------------------------------------------------------
-
-
-def default_folder() -> Path:
-    """The real LFW where it was downloaded, otherwise the drawn sample faces."""
-    return DATA / "lfw" if (DATA / "lfw").is_dir() else lfw_sample()
-
-
-def find_images(folder: str | Path) -> np.ndarray:
-    """Paths of all .jpg and .jpeg files below `folder`, sorted, as one array of strings; hidden and other files are left out.
-
-    One array and no list of Path objects: a forked worker that touches a Python object copies its memory page, one by one until
-    every worker holds its own copy of the list (https://github.com/pytorch/pytorch/issues/13246).
-    """
-    names = []
-    for place, folders, files in os.walk(folder, onerror=refuse_folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk goes on into those that stay in this list
-        names += [str(Path(place, name)) for name in files if name.lower().endswith((".jpg", ".jpeg")) and not name.startswith(".")]
-    if not names:
-        raise InputError(f"{folder} holds no .jpg file: {ANOTHER_FOLDER}")
-    return np.array(sorted(names))
-
-
-def refuse_folder(error: OSError) -> None:
-    """Say in an InputError why a folder cannot be read: also for one that lies below a folder that may not be entered."""
-    reasons = {FileNotFoundError: "does not exist", NotADirectoryError: "is not a folder"}
-    reason = reasons.get(type(error), f"may not be read ({error.strerror})")
-    raise InputError(f"{error.filename} {reason}: {ANOTHER_FOLDER}") from error
 
 
 def load_rgb(path: str, resize: int | None = None) -> Image.Image:

@@ -32,9 +32,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import new_parser, parse, positive_int, print_table, save_figure, save_results
 from m27_data_loading.affine import as_words, inverse_matrices, njit, random_affine, warp_into
+from m27_data_loading.ceilings import build_ceilings
 from m27_data_loading.fast_loader import FastLoader, decode_into, decode_jpeg
+from m27_data_loading.image_folder import default_folder
 from m27_data_loading.ladder_report import BEST, CACHED, conclusions, in_words, plot_ladder, ratio, table
-from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, default_folder, load_rgb
+from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, load_rgb
 from m27_data_loading.loader_timing import batches_in_flight, warn_about_memory
 from m27_data_loading.peer_process import Peer, reason, start_peers
 from m27_data_loading.pixel_cache import NoPlace
@@ -102,36 +104,6 @@ def build_rungs(folder: str, batch_size: int, workers: int, seed: int, limit: in
     except NoPlace as error:
         print(f"left out   {CACHED}: {error}")
     return rungs
-
-
-# ---- the ceilings: the fast loader with work left out ----------------------------------------------------------------
-
-
-class DecodeOnly(FastLoader):
-    def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
-        files, (pixels, _) = self.files, self.own_buffer()
-        for index in chosen.tolist():
-            decode_into(files[index], pixels)
-
-
-class WriteOnly(FastLoader):
-    def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
-        for image in out:
-            image.fill(0.5)
-
-
-class DecodeAndWrite(FastLoader):
-    def fill(self, out: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> None:
-        files, (pixels, _) = self.files, self.own_buffer()
-        for image, index in zip(out, chosen.tolist(), strict=True):
-            decode_into(files[index], pixels)
-            image.fill(0.5)
-
-
-def build_ceilings(folder: str, batch_size: int, workers: int, seed: int, limit: int | None = None) -> dict:
-    """What can be reached at most: decoding alone, writing alone, both."""
-    kinds = {"decode alone": DecodeOnly, "write alone": WriteOnly, "decode and write": DecodeAndWrite}
-    return {name: kind(folder, batch_size, workers, seed, limit=limit) for name, kind in kinds.items()}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from m27_data_loading.loading_peers import PEERS, images_of, installed
+from m27_data_loading.loading_peers import PEERS, installed
+from m27_data_loading.peer_tasks import images_of
 
 OPENED = {}  # in a peer's own process: the loader that was opened there
 

@@ -23,7 +23,8 @@ from errors import InputError
 from m27_data_loading import fast_loader, pixel_cache
 from m27_data_loading.affine import as_words, inverse_matrices, random_affine, warp_into, warp_with_numpy
 from m27_data_loading.fast_loader import FastLoader, decode_into
-from m27_data_loading.lfw_dataset import find_images, load_rgb
+from m27_data_loading.image_folder import find_images
+from m27_data_loading.lfw_dataset import load_rgb
 
 
 @pytest.fixture

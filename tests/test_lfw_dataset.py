@@ -24,7 +24,8 @@ from torchvision import transforms
 from data.faces import people
 from errors import InputError
 from m27_data_loading import lfw_dataset, loader_timing
-from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, collate, find_images, load_rgb
+from m27_data_loading.image_folder import find_images
+from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, collate, load_rgb
 
 CPU = torch.device("cpu")
 SCRIPT = "m27_data_loading/lfw_dataset.py"

@@ -16,7 +16,7 @@ from PIL import Image
 from errors import InputError
 from m27_data_loading import ladder_report, loader_timing, loading_ladder, loading_peers, peer_process, pixel_cache
 from m27_data_loading.fast_loader import FastLoader
-from m27_data_loading.lfw_dataset import find_images
+from m27_data_loading.image_folder import find_images
 from paths import ROOT
 
 
