@@ -23,16 +23,17 @@ from m28_distributed_training.launch import local_rank
 from paths import atomic_path, check_zip
 
 FORMAT = "course-m28-checkpoint-1"
+EVERY = 20  # steps from one checkpoint to the next, where -every does not say it
 
 
 def add_checkpoint_flags(parser) -> None:
     parser.add_argument("-checkpoint", type=Path, metavar="FILE", help="save model, optimizer, scheduler and step here as training goes")
-    parser.add_argument("-every", type=positive_int, default=20, help="steps from one checkpoint to the next (default: 20)")
+    parser.add_argument("-every", type=positive_int, help=f"steps from one checkpoint to the next (default: {EVERY})")
     parser.add_argument("-resume", action="store_true", help="go on from -checkpoint FILE where there is one, else begin")
 
 
-def check_file(file: Path) -> None:
-    """Raise InputError before the training where no checkpoint could be written, or another file would be lost."""
+def check_file(file: Path, resume: bool) -> None:
+    """Raise InputError before the training where no checkpoint could be written, or what is there would be lost."""
     if file.is_dir():
         raise InputError(f"-checkpoint {file} is a folder: give a file")
     try:
@@ -43,6 +44,8 @@ def check_file(file: Path) -> None:
         raise InputError(f"-checkpoint {file}: its folder may not be written to")
     if isinstance(found := read_checkpoint(file), str):
         raise InputError(found)
+    if found and not resume:
+        raise InputError(f"-checkpoint {file} is there, of step {found['step']}: give -resume to go on from it, or remove it to begin anew")
 
 
 def save_checkpoint(file: Path, state: dict) -> bool:

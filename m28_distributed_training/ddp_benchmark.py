@@ -31,7 +31,7 @@ from cifar10 import ConvNet, load_cifar10
 from common import print_table, save_figure, save_results, spread
 from errors import InputError
 from m28_distributed_training import ddp_train
-from m28_distributed_training.launch import run_rank
+from m28_distributed_training.launch import run_rank, start_quietly
 from m28_distributed_training.traffic import ddp_bytes, parameter_bytes
 from machine import usable_cores
 
@@ -109,7 +109,7 @@ class Group:
             work = functools.partial(measure_on_demand, theirs)
             self.members.append(context.Process(target=run_rank, args=(work, mine, rank, store), daemon=True))
             self.connections.append(ours)
-            self.members[-1].start()
+            start_quietly(self.members[-1:])
             theirs.close()
 
     def round(self) -> dict:

@@ -19,6 +19,7 @@ import hashlib
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ from m28_distributed_training.launch import launch, only_first_speaks, print0
 from m28_distributed_training.training_flags import check, training_parser
 
 REPORT_STEPS, REPORT_S = 10, 5  # from one global loss to the next at most so many steps, and about so many seconds; so is SIGTERM noticed
-UNUSED = ("epochs", "steps", "accumulate", "micro_batches", "lr", "bf16", "checkpoint", "resume", "max_restarts")  # by -benchmark
+# Flags that -benchmark does not look at.
+UNUSED = ("epochs", "steps", "accumulate", "micro_batches", "lr", "bf16", "checkpoint", "every", "resume", "max_restarts")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ def train(args) -> None:
         if reports.due(step) or step + 1 == steps:
             mean_loss, stopped = reports.agree(step)  # distributed
             bar.set_postfix(loss=f"{mean_loss:.3f}")
-        if args.checkpoint and ((step + 1) % args.every == 0 or stopped):
+        if args.checkpoint and ((step + 1) % args.every == 0 or stopped or step + 1 == steps):
             kept = save_checkpoint(args.checkpoint, {"step": step + 1, "settings": settings, **state_of(network, optimizer, scheduler)})
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
@@ -173,9 +175,14 @@ def evaluate(network: nn.Module, data: Images, args) -> int:
 def run_settings(args, data: Images, steps: int) -> dict:
     """What must be the same for a resumed run to end with the same bits."""
     settings = {key: getattr(args, key) for key in ("batch_size", "seed", "lr", "bf16", "num_threads")}
-    settings |= {"data": f"{len(data):,} images of {data.name}", "device": args.device.type, "widths": list(args.widths)}
-    settings |= {"steps": steps, "micro_batches": dist.get_world_size() * args.accumulate}
+    settings |= {"data": f"{len(data):,} images of {data.name}, checksum {checksum(data):08x}", "device": args.device.type}
+    settings |= {"widths": list(args.widths), "steps": steps, "micro_batches": dist.get_world_size() * args.accumulate}
     return settings | {"world": dist.get_world_size(), "script": "ddp_train"}
+
+
+def checksum(data: Images) -> int:
+    """Of images and labels: another order of the images, or other numbers of the classes, makes another run."""
+    return zlib.crc32(data.labels.numpy(), zlib.crc32(data.images.numpy()))
 
 
 def state_of(network, optimizer, scheduler) -> dict:

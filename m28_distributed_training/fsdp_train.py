@@ -2,6 +2,7 @@
 
     python m28_distributed_training/fsdp_train.py                              memory a process beside DDP's, the same parameters
     python m28_distributed_training/fsdp_train.py -widths 64 128 512           a network of 3.2 M parameters
+    python m28_distributed_training/fsdp_train.py -checkpoint run.pt -resume -max_restarts 3     survives kill -9; not beside DDP then
     torchrun --nproc-per-node 2 m28_distributed_training/fsdp_train.py
 
 With DDP every process keeps all parameters, all gradients and all of the optimizer's state. Here each keeps 1 / N of the three. Before
@@ -10,6 +11,7 @@ backward pass each process receives only its own part of the summed gradients (r
 the parameters' bytes a step, DDP's all-reduce twice. The loop is ddp_train.py's; the lines that differ are marked with  # sharded
 """
 
+import contextlib
 import statistics
 import sys
 import time
@@ -38,7 +40,7 @@ from m28_distributed_training.ddp_train import (
     run_settings,
 )
 from m28_distributed_training.launch import launch, only_first_speaks, print0
-from m28_distributed_training.traffic import ddp_bytes, fsdp_bytes, parameter_bytes
+from m28_distributed_training.traffic import BytesSent, ddp_bytes, fsdp_bytes, parameter_bytes
 from m28_distributed_training.training_flags import check, training_parser
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process collects the parts, the others get nothing
@@ -74,22 +76,23 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
     settings, reports = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, Reports(args, stop)
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
-    mean_loss, held, seconds, stopped, kept = None, {}, [], False, False
+    mean_loss, held, seconds, sent, stopped, kept = None, {}, [], BytesSent(), False, False
     said = {"desc": "sharded" if shard else "DDP", "unit": "step", "disable": dist.get_rank() != 0}
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, **said)):
         begin = time.perf_counter()
-        for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
-            last = number == args.accumulate
-            if shard:
-                model.set_requires_gradient_sync(last)  # sharded: as DDP's no_sync()
-            else:
-                model.require_backward_grad_sync = last
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                loss = nn.functional.cross_entropy(model(images), labels) / args.accumulate
-            loss.backward()
-            reports.losses.append(loss.detach())
+        with sent if step == first else contextlib.nullcontext():  # counts what the first step sends
+            for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
+                last = number == args.accumulate
+                if shard:
+                    model.set_requires_gradient_sync(last)  # sharded: as DDP's no_sync()
+                else:
+                    model.require_backward_grad_sync = last
+                with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                    loss = nn.functional.cross_entropy(model(images), labels) / args.accumulate
+                loss.backward()
+                reports.losses.append(loss.detach())
         optimizer.step()
-        held = held or held_bytes(model, optimizer)
+        held = held or held_bytes(model, optimizer, sent)
         optimizer.zero_grad()
         scheduler.step()
         if args.device.type == "cuda":
@@ -98,13 +101,20 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
         if reports.due(step) or step + 1 == steps:
             mean_loss, stopped = reports.agree(step)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
-        if shard and args.checkpoint and ((step + 1) % args.every == 0 or stopped):
+        if shard and args.checkpoint and ((step + 1) % args.every == 0 or stopped or step + 1 == steps):
             kept = save(args, step + 1, settings, model, optimizer, scheduler)
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
             return None
-    held, seconds = held or held_bytes(model, optimizer), seconds or [float("inf")]  # where a finished run was resumed
-    return {"P": P, "held": held, "seconds": statistics.median(seconds), "parameters": full_parameters(model), "loss": mean_loss}
+    held, seconds = held or held_bytes(model, optimizer, sent), seconds or [float("inf")]  # where a finished run was resumed
+    moved = {"sent_mb": sent.by_ring(dist.get_world_size()) / 1e6 or None, "formula_mb": formula(args, P, shard) / 1e6}
+    return {"held": held, **moved, "seconds": statistics.median(seconds), "parameters": full_parameters(model), "loss": mean_loss}
+
+
+def formula(args, P: int, shard: bool) -> int:
+    """Bytes that a process sends in a step, with P bytes of parameters."""
+    world = dist.get_world_size()
+    return fsdp_bytes(world, P, args.accumulate) if shard else ddp_bytes(world, P)
 
 
 # ---- what a process holds, and the whole again ------------------------------------------------------------------------
@@ -115,14 +125,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes that this process keeps from one step to the next: its parameters, their gradients, the optimizer's state."""
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, sent: BytesSent) -> dict[str, int]:
+    """Bytes that this process holds when a step is done: parameters, gradients, the optimizer's state, the buckets that DDP sends."""
     parameters = list(model.parameters())
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return {
         "parameters": sum(local(parameter).nbytes for parameter in parameters),
         "gradients": sum(local(parameter.grad).nbytes for parameter in parameters if parameter.grad is not None),
         "optimizer": sum(local(value).nbytes for value in states),
+        "buckets": sent.handed["allreduce_"],  # a second place for each gradient, which DDP keeps
     }
 
 
@@ -164,13 +175,13 @@ def report(args, data: dict, sharded: dict, whole: dict | None) -> None:
         network.load_state_dict(run["parameters"])
         correct = evaluate(network, data["test"], args)
         held = {f"{key}_mb": count / 1e6 for key, count in run["held"].items()}
-        moved = (ddp_bytes if name == "DDP" else fsdp_bytes)(world, run["P"]) / 1e6
-        row = {"variant": name, "processes": world, **held, "held_mb": sum(held.values()), "sent_mb": moved}
+        row = {"variant": name, "processes": world, **held, "held_mb": sum(held.values()), "sent_mb": run["sent_mb"]}
+        row["formula_mb"] = run["formula_mb"]
         row |= {"images_per_s": args.batch_size / run["seconds"], "loss": run["loss"], "accuracy": correct / len(data["test"])}
         rows.append(row | {"parameters_sha256": fingerprint(network)})
     if dist.get_rank():
         return
-    print(f"each of {world} processes, {args.num_threads} threads; held from step to step and sent in a step (by formula), MB")
+    print(f"each of {world} processes, {args.num_threads} threads; MB held at the end of a step, and sent in one (counted, and by formula)")
     print_table([{key: value for key, value in row.items() if key != "parameters_sha256"} for row in rows])
     if whole:
         pairs = [(sharded["parameters"][name], tensor) for name, tensor in whole["parameters"].items()]

@@ -9,6 +9,7 @@ import errno
 import io
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import non_negative_int, positive_int, seed_everything
+from common import seed_everything
 from errors import InputError, let_the_first_speak, one_sentence, under_torchrun
 from machine import usable_cores
 
@@ -31,19 +32,6 @@ LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", 
 BAD_INPUT = 2  # exit code of a process that refuses what it was given
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # 1: torchrun opens a new store at each start, not one that knows dead addresses
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # names of the network interface that leads back to this machine
-
-
-def add_launch_flags(parser) -> None:
-    """The flags that say how many processes there are and how long they wait for each other."""
-    parser._option_string_actions["-num_threads"].help = "threads of each process (default: usable cores / processes)"
-    parser.add_argument(
-        "-nproc", type=positive_int, help="processes on this machine, without torchrun (default: 2, where nccl is used one for each GPU)"
-    )
-    parser.add_argument(
-        "-max_restarts", type=non_negative_int, default=0, help="start all again, from the checkpoint, when one dies (default: 0)"
-    )
-    parser.add_argument("-timeout_s", type=positive_int, default=60, help="seconds a process waits for the others (default: 60)")
-    parser.add_argument("-backend", choices=["gloo", "nccl"], help="how processes talk (default: nccl with CUDA, gloo otherwise)")
 
 
 def world_size(args) -> int:
@@ -54,25 +42,6 @@ def world_size(args) -> int:
 def local_processes(args) -> int:
     """Processes of this training on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if under_torchrun() else args.nproc
-
-
-def settle_device(args) -> None:
-    """Make -device, -backend and -nproc fit together; InputError where they cannot."""
-    if args.device.type == "mps":
-        print("gloo, by which the processes talk, has no way to mps devices: they compute on the CPU")
-        args.device = torch.device("cpu")
-    gpus = torch.cuda.device_count() if args.device.type == "cuda" and dist.is_nccl_available() else 0
-    args.backend = args.backend or ("nccl" if gpus else "gloo")
-    args.nproc = args.nproc or (min(2, gpus) if args.backend == "nccl" else 2) or 1
-    if args.backend == "nccl" and not gpus:
-        raise InputError(
-            "-backend nccl needs CUDA devices and a torch built with nccl, which are not here: leave it out, gloo is used then"
-        )
-    if args.backend == "nccl" and local_processes(args) > gpus:
-        many, has = f"{local_processes(args)} processes", f"{gpus} GPU{'s' if gpus > 1 else ''}"
-        raise InputError(
-            f"nccl wants a GPU for each of the {many}, this machine has {has}: start fewer, or take -backend gloo or -device cpu"
-        )
 
 
 def several_machines() -> bool:
@@ -109,13 +78,10 @@ def run_processes(worker, args) -> bool:
             context, store = multiprocessing.get_context("spawn"), Path(folder, "store")
             names = [f"rank {rank}" for rank in range(args.nproc)]
             ranks = [context.Process(target=run_rank, args=(worker, args, rank, store), name=name) for rank, name in enumerate(names)]
-            meant = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit that, and stay silent at Ctrl-C while they import torch
             signal.signal(signal.SIGTERM, lambda *_, ranks=ranks: told.append([process.terminate() for process in ranks if process.pid]))
-            for process in ranks:
-                process.start()
-                if told:  # while it was started
-                    process.terminate()
-            signal.signal(signal.SIGINT, meant)
+            start_quietly(ranks)
+            for process in ranks if told else []:  # while they were started
+                process.terminate()
             try:
                 first = watch(ranks)
             finally:
@@ -135,6 +101,14 @@ def run_processes(worker, args) -> bool:
             args.resume = True
             print(f"starting all processes again, restart {attempt + 1} of {args.max_restarts}", file=sys.stderr, flush=True)
     return False
+
+
+def start_quietly(processes: list) -> None:
+    """Start them with Ctrl-C ignored, which they inherit, so that they say nothing about it while they import torch: the parent speaks."""
+    meant = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for process in processes:
+        process.start()
+    signal.signal(signal.SIGINT, meant)
 
 
 def watch(ranks: list):
@@ -164,7 +138,7 @@ def wait_for_all(sentinels: list, seconds: float) -> None:
 
 
 def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
-    """Join the group, run worker(args), leave the group. What ends it is said in a sentence; exit code 1, for bad input 2."""
+    """Prepare this process, run worker(args) in the group of all, and end."""
     args.num_threads = args.num_threads or max(1, usable_cores() // local_processes(args))
     torch.set_num_threads(args.num_threads)
     seed_everything(args.seed)
@@ -174,9 +148,14 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
         threading.Thread(target=end_with_parent, daemon=True).start()
         if sys.platform in LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])  # needs no host name that resolves, no firewall
+    recorded()(worker, args, rank, store)
+    leave(0)
+
+
+def run_or_say_why(worker, args, rank: int, store: Path | None) -> None:
+    """Join the group, run worker(args), leave the group. What ends it is said in a sentence; exit code 1, for bad input 2."""
     try:
-        recorded()(worker, args, rank, store)
-        leave(0)
+        join_and_run(worker, args, rank, store)
     except InputError as error:
         let_the_first_speak(rank if store else None)
         one_sentence(InputError, error, None)
@@ -190,7 +169,7 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
         if not any(sign in str(error) for sign in LOST):
             raise
         other = f"rank {1 - rank}" if world_size(args) == 2 else "that rank"
-        reason = str(error).splitlines()[0][:150]
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])[:150]  # without the place in gloo's code
         said = f"another rank ended first, look above for {other}"
         if "connectFullMesh" in reason and several_machines():
             said += "; if all are alive, the machines cannot reach each other: README, Several machines"
@@ -200,12 +179,12 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
 
 
 def recorded():
-    """join_and_run, under torchrun so that it learns what ended a process."""
+    """run_or_say_why, under torchrun so that it learns of a defect's traceback."""
     if not under_torchrun():
-        return join_and_run
+        return run_or_say_why
     from torch.distributed.elastic.multiprocessing.errors import record  # its import prints a note on macOS
 
-    return record(join_and_run)
+    return record(run_or_say_why)
 
 
 def leave(code: int) -> None:

@@ -1,14 +1,18 @@
 """The flags that ddp_train.py and fsdp_train.py have in common, and what is refused before any process is started."""
 
+import os
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import load_cifar10
-from common import new_parser, positive_int, positive_number
-from errors import InputError
-from m28_distributed_training.checkpoint import add_checkpoint_flags, check_file
-from m28_distributed_training.launch import add_launch_flags, settle_device, world_size
+from common import new_parser, non_negative_int, positive_int, positive_number
+from errors import InputError, under_torchrun
+from m28_distributed_training.checkpoint import EVERY, add_checkpoint_flags, check_file
+from m28_distributed_training.launch import local_processes, world_size
 
 MANY = 8  # processes: more of them would each find out alone that the data are too few
 
@@ -19,8 +23,9 @@ def training_parser(doc: str, steps: int | None = None):
     flag = parser.add_argument
     flag("-data", help="folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
     epochs, steps_said = ("", f" (default: {steps})") if steps else (" (default: 3)", "")
-    flag("-epochs", type=positive_int, default=None if steps else 3, help=f"passes over the training images{epochs}")
-    flag("-steps", type=positive_int, help=f"steps, instead of epochs{steps_said}")
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("-epochs", type=positive_int, default=None if steps else 3, help=f"passes over the training images{epochs}")
+    length("-steps", type=positive_int, help=f"steps, instead of epochs{steps_said}")
     flag("-batch_size", type=positive_int, default=128, help="images a step, of all processes together (default: 128)")
     flag("-accumulate", type=positive_int, default=1, help="micro-batches a process before each all-reduce (default: 1)")
     flag("-micro_batches", type=positive_int, help="instead: micro-batches a step of all processes, however many they are just now")
@@ -32,8 +37,22 @@ def training_parser(doc: str, steps: int | None = None):
     return parser
 
 
+def add_launch_flags(parser) -> None:
+    """The flags that say how many processes there are and how long they wait for each other."""
+    parser._option_string_actions["-num_threads"].help = "threads of each process (default: usable cores / processes)"
+    parser.add_argument(
+        "-nproc", type=positive_int, help="processes on this machine, without torchrun (default: 2, where nccl is used one for each GPU)"
+    )
+    parser.add_argument(
+        "-max_restarts", type=non_negative_int, default=0, help="start all again, from the checkpoint, when one dies (default: 0)"
+    )
+    parser.add_argument("-timeout_s", type=positive_int, default=60, help="seconds a process waits for the others (default: 60)")
+    parser.add_argument("-backend", choices=["gloo", "nccl"], help="how processes talk (default: nccl with CUDA, gloo otherwise)")
+
+
 def check(args) -> None:
     """Settle what follows from other flags and the machine; InputError for what cannot work."""
+    refuse_idle(args)
     settle_device(args)
     if args.quick:
         args.steps = min(args.steps or 20, 20)
@@ -47,12 +66,39 @@ def check(args) -> None:
         )
     if world_size(args) > MANY:
         load_cifar10(args.data, args.batch_size)
-    if args.max_restarts and not args.checkpoint:
-        raise InputError("-max_restarts starts from a checkpoint: give -checkpoint FILE, too")
-    if args.resume and not args.checkpoint:
-        raise InputError("-resume goes on from a checkpoint: give -checkpoint FILE, too")
+    args.every = args.every or EVERY
+    args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # as -max_restarts does without torchrun
     if args.checkpoint:
-        check_file(args.checkpoint)
+        check_file(args.checkpoint, args.resume)
+
+
+def refuse_idle(args) -> None:
+    """InputError for flags that would be looked at by nobody; -nproc and -max_restarts have torchrun's own in their place."""
+    if under_torchrun() and (args.nproc or args.max_restarts):
+        given = "-nproc" if args.nproc else "-max_restarts"
+        raise InputError(f"{given} is not looked at under torchrun: give torchrun --nproc-per-node and --max-restarts instead")
+    for flag in ("max_restarts", "resume", "every"):
+        if getattr(args, flag) and not args.checkpoint:
+            raise InputError(f"-{flag} is about a checkpoint: give -checkpoint FILE, too")
+
+
+def settle_device(args) -> None:
+    """Make -device, -backend and -nproc fit together; InputError where they cannot."""
+    if args.device.type == "mps":
+        print("gloo, by which the processes talk, has no way to mps devices: they compute on the CPU")
+        args.device = torch.device("cpu")
+    gpus = torch.cuda.device_count() if args.device.type == "cuda" and dist.is_nccl_available() else 0
+    args.backend = args.backend or ("nccl" if gpus else "gloo")
+    args.nproc = args.nproc or (min(2, gpus) if args.backend == "nccl" else 2) or 1
+    if args.backend == "nccl" and not gpus:
+        raise InputError(
+            "-backend nccl needs CUDA devices and a torch built with nccl, which are not here: leave it out, gloo is used then"
+        )
+    if args.backend == "nccl" and local_processes(args) > gpus:
+        many, has = f"{local_processes(args)} processes", f"{gpus} GPU{'s' if gpus > 1 else ''}"
+        raise InputError(
+            f"nccl wants a GPU for each of the {many}, this machine has {has}: start fewer, or take -backend gloo or -device cpu"
+        )
 
 
 def share_micro_batches(args) -> int:

@@ -22,6 +22,7 @@ import pytest
 import stress_ddp
 import torch
 import torch.distributed as dist
+import torch.distributed.run as torch_run
 from conftest import ROOT
 from PIL import Image
 from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
@@ -52,9 +53,10 @@ def undisturbed(tmp_path_factory) -> dict:
 def start_training(start_script, tmp_path):
     """Start more steps than anybody waits for; the process and its ranks, once the first checkpoint is written."""
 
-    def start(*flags, steps: int = 100_000) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    def start(*flags, steps: int = 100_000, torchrun: bool = False) -> tuple[subprocess.Popen, list[psutil.Process]]:
         file = tmp_path / "run.pt"
-        process = start_script(SCRIPT, *SMALL, steps, "-checkpoint", file, "-every", EVERY, *flags, COURSE_RESULTS=str(tmp_path))
+        command = [torch_run.__file__, "--standalone", "--nproc-per-node", 2, ROOT / SCRIPT] if torchrun else [SCRIPT]
+        process = start_script(*command, *SMALL, steps, "-checkpoint", file, "-every", EVERY, *flags, COURSE_RESULTS=str(tmp_path))
         deadline = time.time() + 60
         while not file.exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.005)
@@ -154,6 +156,8 @@ def work_in_groups(rank: int, folder: Path, counted, trained) -> None:
 def train_and_go_on(rank: int, file: Path, data: Images, trained) -> None:
     """Train 6 steps, of which the fourth is kept, then once more the last two from there; each run puts its parameters."""
     ddp_train.load_cifar10 = lambda *_: {"train": data, "test": data}
+    keep = ddp_train.save_checkpoint
+    ddp_train.save_checkpoint = lambda file, state: state["step"] < 6 and keep(file, state)  # after the last one nothing is left to do
     ddp_train.report = lambda args, data, network, row: rank or trained.put((ddp_train.fingerprint(network), row["bytes_per_step"]))
     args = arguments(*FLAGS, "-steps", 6, "-every", 4, "-batch_size", 64, "-accumulate", 2, "-checkpoint", file)
     for args.resume in (False, True):
@@ -203,8 +207,8 @@ def test_the_benchmark_measures_processes_against_threads(run_script, tmp_path):
 
 
 def test_the_benchmark_refuses_what_it_could_not_use(check_refusals):
-    idle = ("-benchmark", "-bf16", "-accumulate", "2")
-    said = "argument -accumulate, -bf16: has no effect with -benchmark"
+    idle = ("-benchmark", "-bf16", "-accumulate", "2", "-every", "5")
+    said = "argument -accumulate, -bf16, -every: has no effect with -benchmark"
     check_refusals(
         SCRIPT, {("-quick", "-benchmark", "-widths", "9", "9", "9"): (1, "a stage of 9 channels cannot be normalized"), idle: (2, said)}
     )
@@ -321,8 +325,8 @@ def test_a_run_resumed_after_its_last_step_reports_the_same_bits(alone, tmp_path
     ("launcher", "while_writing"), [("nproc", False), ("nproc", True), ("torchrun", False)], ids=["nproc", "while-writing", "torchrun"]
 )
 def test_kill_9_changes_no_bit(undisturbed, launcher, while_writing):
-    lost, _ = stress_ddp.trial("ddp_train.py", launcher, while_writing, undisturbed["parameters_sha256"], random.Random(launcher))
-    assert lost <= EVERY
+    lost, when = stress_ddp.trial("ddp_train.py", launcher, while_writing, undisturbed["parameters_sha256"], random.Random(launcher))
+    assert lost <= EVERY and when == ("while a checkpoint was written" if while_writing else "between")
 
 
 @posix
@@ -344,6 +348,32 @@ def test_a_rank_that_hangs_is_not_waited_for_longer_than_timeout_s(start_trainin
     assert process.returncode == 1 and 2 < time.time() - begin < 15
     assert "rank 0: another rank ended first" in said and "Traceback" not in said
     assert psutil.wait_procs(ranks, timeout=1)[1] == []
+
+
+@posix
+def test_under_torchrun_the_process_that_lost_its_peer_says_a_sentence(start_training):
+    process, ranks = start_training(torchrun=True)
+    ranks[1].kill()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "rank 0: another rank ended first, look above for rank 1 (" in said
+    assert "launch.py" not in said  # no stack of ours: what else there is are torchrun's own words
+    assert psutil.wait_procs(ranks, timeout=1)[1] == []
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_hands_on_what_it_is_told(start_training, tmp_path, number):
+    """It ends with 1 itself. At SIGTERM a checkpoint is saved, at Ctrl-C nothing is left within 3 s."""
+    process, ranks = start_training(torchrun=True)
+    begin = time.time()
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and psutil.wait_procs(ranks, timeout=1)[1] == []
+    if number == signal.SIGINT:
+        assert time.time() - begin < 3
+    else:
+        stopped = int(re.search(r"SIGTERM: stopped after step (\d+) of 100000; -resume goes on from here", said)[1])
+        assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == stopped
 
 
 @posix
@@ -432,7 +462,10 @@ def test_a_foreign_file_is_refused_and_stays(saved):
         ({"batch_size": 64, "steps": 80}, "batch_size 128 there and 64 here, steps 40 there and 80 here"),
         ({"script": "fsdp_train"}, "script ddp_train there and fsdp_train here"),
         ({"device": "cuda"}, "device cpu there and cuda here"),
-        ({"data": "50,000 images of CIFAR-10"}, "data 1,001 images of noise there and 50,000 images of CIFAR-10 here"),
+        (
+            {"data": "50,000 images of CIFAR-10"},
+            "data 1,001 images of noise, checksum [0-9a-f]{8} there and 50,000 images of CIFAR-10 here",
+        ),
         ({"world": 2}, "written by 1 processes, these are 2: with 4 micro-batches a step the sum would be taken in another order"),
     ],
 )
@@ -444,7 +477,10 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(saved, change, s
 
 
 def test_a_file_that_is_no_checkpoint_is_never_written_over(saved, tmp_path):
-    training_flags.check(saved.args)  # its own file is fine, also without -resume
+    training_flags.check(saved.args)  # its own file is fine with -resume
+    saved.args.resume = False
+    with pytest.raises(InputError, match=r"run.pt is there, of step 1: give -resume to go on from it, or remove it to begin anew"):
+        training_flags.check(saved.args)
     notes = tmp_path / "notes.pt"
     notes.write_text("what I meant to keep")
     with pytest.raises(InputError, match="damaged or no checkpoint"):
@@ -518,6 +554,7 @@ def test_a_write_that_really_comes_up_short_is_survived(saved, capsys):
         (["-backend", "mpi"], "argument -backend: invalid choice: 'mpi'"),
         (["-lr", "-1"], "argument -lr: '-1' is not allowed: a number above 0 is expected"),
         (["-lr", "nan"], "argument -lr: 'nan' is not allowed: a number above 0 is expected"),
+        (["-steps", "9", "-epochs", "1"], "argument -epochs: not allowed with argument -steps"),
     ],
 )
 def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
@@ -534,10 +571,11 @@ def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
         (["-nproc", "2", "-accumulate", "3"], r"6 equal micro-batches \(2 processes x -accumulate 3\): give a multiple of 6"),
         (["-nproc", "200"], "give a multiple of 200"),
         (["-nproc", "200", "-batch_size", "10200"], "a batch of 10200 images is more than the 10,000 training images"),
-        (["-resume"], "-resume goes on from a checkpoint: give -checkpoint FILE, too"),
+        (["-resume"], "-resume is about a checkpoint: give -checkpoint FILE, too"),
+        (["-every", "5"], "-every is about a checkpoint: give -checkpoint FILE, too"),
         (["-checkpoint", "."], "-checkpoint . is a folder: give a file"),
         (["-checkpoint", f"{__file__}/run.pt"], "its folder cannot be made"),
-        (["-max_restarts", "1"], "-max_restarts starts from a checkpoint: give -checkpoint FILE, too"),
+        (["-max_restarts", "1"], "-max_restarts is about a checkpoint: give -checkpoint FILE, too"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_process_starts(flags, said):
@@ -545,12 +583,28 @@ def test_what_cannot_work_is_refused_before_a_process_starts(flags, said):
         training_flags.check(arguments(*flags))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("flag", ["-nproc", "-max_restarts"])
+def test_what_torchrun_has_itself_is_refused_under_it(monkeypatch, flag):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        InputError, match=f"{flag} is not looked at under torchrun: give torchrun --nproc-per-node and --max-restarts instead"
+    ):
+        training_flags.check(arguments(flag, 2))
+
+
+def test_torchrun_that_starts_again_goes_on_from_the_checkpoint(saved, monkeypatch):
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    args = arguments("-checkpoint", saved.file)
+    training_flags.check(args)
+    assert args.resume
+
+
 def test_what_all_ranks_refuse_is_said_once(run_script):
-    done = run_script(SCRIPT, *FLAGS, "-backend", "nccl")
+    done = run_script(SCRIPT, *FLAGS, "-widths", "9", "9", "9")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: -backend nccl needs CUDA devices and a torch built with nccl, which are not here")
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: a stage of 9 channels cannot be normalized in groups of 8") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -561,6 +615,7 @@ def test_what_all_ranks_refuse_is_said_once(run_script):
         ("cuda", 1, [], ("cuda", "nccl", 1)),
         ("cuda", 4, [], ("cuda", "nccl", 2)),
         ("cuda", 1, ["-nproc", 2, "-backend", "gloo"], ("cuda", "gloo", 2)),
+        ("cpu", 0, ["-backend", "nccl"], "-backend nccl needs CUDA devices and a torch built with nccl, which are not here"),
         ("cuda", 1, ["-nproc", 2], "nccl wants a GPU for each of the 2 processes, this machine has 1 GPU: start fewer"),
     ],
 )
@@ -571,9 +626,9 @@ def test_device_backend_and_processes_fit_together(monkeypatch, device, gpus, fl
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     if isinstance(settled, str):
         with pytest.raises(InputError, match=settled):
-            launch.settle_device(args)
+            training_flags.settle_device(args)
     else:
-        launch.settle_device(args)
+        training_flags.settle_device(args)
         assert (args.device.type, args.backend, args.nproc) == settled
 
 
@@ -581,7 +636,7 @@ def test_cuda_without_nccl_talks_by_gloo(monkeypatch):
     args = arguments()
     args.device = torch.device("cuda")  # as on Windows
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
-    launch.settle_device(args)
+    training_flags.settle_device(args)
     assert (args.backend, args.nproc) == ("gloo", 2)
 
 

@@ -41,13 +41,15 @@ def test_sharded_training_ends_with_ddps_bits(undisturbed):
     assert parameters_of(undisturbed.said) == ddp["parameters_sha256"]
 
 
-def test_a_process_holds_half_of_what_ddps_does_and_sends_one_and_a_half_times_as_much(undisturbed):
+def test_a_process_holds_two_fifths_of_what_ddps_does_and_sends_one_and_a_half_times_as_much(undisturbed):
     ddp, sharded = undisturbed.rows
-    P = 4 * 18_626 / 1e6
+    P, head = 4 * 18_626 / 1e6, 4 * (32 * 10 + 10) / 1e6
     assert ddp["parameters_mb"] == ddp["gradients_mb"] == P and sharded["parameters_mb"] == sharded["gradients_mb"] == P / 2
     assert ddp["optimizer_mb"] == pytest.approx(2 * P, rel=0.001)  # beside the two moments one step counter a parameter
-    assert sharded["held_mb"] == pytest.approx(ddp["held_mb"] / 2, rel=0.001)
-    assert (ddp["sent_mb"], sharded["sent_mb"]) == (P, 1.5 * P)
+    assert (ddp["buckets_mb"], sharded["buckets_mb"]) == (P, 0)
+    assert sharded["held_mb"] == pytest.approx(0.4 * ddp["held_mb"], rel=0.001)
+    assert (ddp["sent_mb"], ddp["formula_mb"], sharded["formula_mb"]) == (P, P, 1.5 * P)
+    assert sharded["sent_mb"] == pytest.approx(1.5 * P - head / 2)  # the head is gathered once, not twice
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
