@@ -12,9 +12,9 @@
 A label says "cat". The teacher says "cat, perhaps a dog, surely no truck": its logits, divided by a temperature T > 1 to make the small
 ones count, are a probability for every class. The student's, divided by the same T, shall be like them.
 
-Both kinds of student have the same first weights, the same order of images and the same augmentation, seed by seed, so that the
-difference is the loss's alone. The loop is train() in training.py. Without -epochs the first student, which learns alone, decides how long
-all train: up to the plateau of its loss at the full learning rate, and as many epochs again while the rate falls to 0.
+Both kinds of student have the same first weights and the same order of images, seed by seed, and all the same augmentation and the same
+teacher, so that the difference is the loss's alone. The loop is train() in training.py. Without -epochs the first student, which learns
+alone, decides how long all train: up to the plateau of its loss at the full learning rate, and as many epochs again while it falls to 0.
 """
 
 import argparse
@@ -48,6 +48,7 @@ from m29_inference.training import BATCH, hard_loss, train, training_file
 
 SMALL_WIDTHS = (16, 32, 64)  # 76,000: the student on the drawn sample, where that network is the teacher
 SAMPLE_EPOCHS = 4  # of the students on the drawn sample, which is learnt soon
+TEMPERATURE, ALPHA = 4.0, 0.9
 TEMPERATURES, ALPHAS = (1.0, 2.0, 4.0, 8.0), (0.5, 0.9)  # of the sweep
 QUICK_IMAGES = 1024  # that the students see with -quick
 
@@ -74,20 +75,23 @@ def mixed_loss(logits, labels, indices, epoch, views: dict[int, torch.Tensor], a
     return args.alpha * soft(logits, teacher, args.temperature) + (1 - args.alpha) * hard
 
 
-LOSS_CODE = inspect.getsource(mixed_loss)  # another loss, another training
+LOSS_CODE = [inspect.getsource(part) for part in (mixed_loss, distillation_loss)]  # another loss is another training; read now, as RECIPE
 
 
 # ---- teacher and students --------------------------------------------------------------------------------------------
 
 
 def train_student(
-    args, data: dict[str, Images], seed: int, epochs: int | None, views: dict | None, key: str, soft=distillation_loss
+    args, data: dict[str, Images], seed: int, epochs: int | None, views: dict | None, key: str, soft=distillation_loss, code: str = ""
 ) -> tuple[nn.Module, list[dict]]:
-    """A student from the first weights of `seed`, distilled where there are views, else alone; the network and a row an epoch."""
+    """A student from the first weights of `seed`, distilled where there are views, else alone; the network and a row an epoch.
+
+    `code` is that of `soft`, where it is another loss.
+    """
     print(f"student {f'distilled at T = {args.temperature:g}, alpha = {args.alpha:g}' if views else 'alone'}, seed {seed}", flush=True)
     network = new_network(args.widths, data["train"], seed)
     loss_of = partial(mixed_loss, views=views, args=args, soft=soft) if views else hard_loss
-    setting = (LOSS_CODE, inspect.getsource(soft), key, args.temperature, args.alpha) if views else "alone"
+    setting = (LOSS_CODE, code, key, args.temperature, args.alpha) if views else "alone"
     file = training_file(data, args.device, tuple(args.widths), epochs, seed, setting)
     rows = train(network, data["train"], epochs, seed, args.device, loss_of=loss_of, views=0, test=data["test"], file=file)
     return network, rows
@@ -167,7 +171,7 @@ def main(args) -> list[dict]:
     args.widths = args.widths or (WIDTHS if real else SMALL_WIDTHS)
     teacher = find_teacher(args, data, real, pretrained)
     if args.quick:
-        data["train"] = data["train"][:QUICK_IMAGES]  # its training needed more
+        data["train"] = stratified(data["train"], min(QUICK_IMAGES, len(data["train"])))  # its training needed more
     if under_torchrun():
         share_logits(teacher, data, views_of(args, epochs))
     if args.losses:
@@ -193,8 +197,8 @@ if __name__ == "__main__":
     flag("-widths", type=positive_int, nargs=3, metavar="N", help=said)
     flag("-epochs", type=positive_int, help=f"of the students (default: to convergence; {SAMPLE_EPOCHS} on the drawn sample)")
     flag("-teacher_epochs", type=positive_int, help="of our own teacher (default: likewise)")
-    flag("-temperature", type=positive_number, default=4.0, help="divides the logits of both (default: 4)")
-    flag("-alpha", type=share, default=0.9, help="weight of the teacher's opinion, the rest is the labels' (default: 0.9)")
+    flag("-temperature", type=positive_number, default=TEMPERATURE, help="divides the logits of both (default: 4)")
+    flag("-alpha", type=share, default=ALPHA, help="weight of the teacher's opinion, the rest is the labels' (default: 0.9)")
     flag(
         "-views",
         choices=["every_epoch", "once"],
@@ -208,6 +212,8 @@ if __name__ == "__main__":
     mode = next((f"-{name}" for name in ("sweep", "losses") if getattr(args, name)), None)
     if mode and args.seeds != parser.get_default("seeds"):
         parser.error(f"argument -seeds: has no effect with {mode}, whose students all have the first weights of seed 0")
+    if args.sweep and (args.temperature, args.alpha) != (TEMPERATURE, ALPHA):
+        parser.error(f"argument -temperature, -alpha: have no effect with -sweep, which tries {TEMPERATURES} and {ALPHAS}")
     if args.teacher_epochs and args.teacher != "train":
         parser.error("argument -teacher_epochs: of our own teacher, so it has no effect with -teacher")
     if len(args.seeds) < 2 or len(set(args.seeds)) < len(args.seeds):

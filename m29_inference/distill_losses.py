@@ -23,6 +23,7 @@ from m29_inference.distill import distillation_loss, train_student, views_of
 from m29_inference.distill_report import ALONE
 from m29_inference.teacher import Teacher, cache_folder, cached_logits
 
+CODE = Path(__file__).read_text()  # read now, for the file may be edited while a training runs
 EPOCHS = 4  # of the students, where -epochs does not say it
 FOLLOWED, STEP = 3000, 100.0  # steps down the gradient, and how far each goes
 
@@ -95,7 +96,9 @@ def compare_losses(args, data: dict[str, Images], teacher: Teacher, epochs: int 
     untrained = torch.randn(some.shape, generator=torch.Generator().manual_seed(args.seed))
     for name, soft in list(LOSSES.items())[: 2 if args.quick else None]:
         asked = question(partial(soft, temperature=args.temperature), untrained, some, data["train"].labels[:256])
-        table.append({"loss": name, **asked, "accuracy": reached(args, data, seed, epochs, views, key, soft), "epochs": epochs})
+        code = CODE if soft is not distillation_loss else ""
+        reaches = reached(args, data, seed, epochs, views, key, soft, code)
+        table.append({"loss": name, **asked, "accuracy": reaches, "epochs": epochs})
     print_table(table)
     print(f"one seed, T = {args.temperature:g}, alpha = {args.alpha:g}; followed: after {FOLLOWED:,} steps of the logits down the gradient")
     save_figure(plot(table), distill.__file__, "losses", args, f"one seed, {epochs} epochs: differences of a point may be noise")

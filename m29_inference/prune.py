@@ -24,6 +24,8 @@ from common import parse, positive_int, print_table, save_results, share
 from m29_inference.student import copy_of, cpu_parser, student_and_data
 from m29_inference.training import accuracy
 
+AMOUNT = 0.3  # share of the weights, where -amount does not say it
+
 
 class LeNet(nn.Module):
     """The network of the exercise: grey images (n, 1, 32, 32) -> logits (n, 10). LeCun et al. 1998, with ReLU."""
@@ -203,7 +205,7 @@ def main(args) -> list[dict]:
 if __name__ == "__main__":
     parser = cpu_parser(__doc__)
     flag = parser.add_argument
-    flag("-amount", type=share, default=0.3, help="share of the weights to prune (default: 0.3)")
+    flag("-amount", type=share, help=f"share of the weights to prune, step by step (default: {AMOUNT})")
     part = parser.add_mutually_exclusive_group().add_argument
     part("-accuracy", action="store_true", help="accuracy over sparsity")
     part("-formats", action="store_true", help="file size and latency, format by format")
@@ -213,8 +215,11 @@ if __name__ == "__main__":
     args = parse(parser)
     if args.epochs and not (args.accuracy or args.structured):
         parser.error("argument -epochs: of fine-tuning, so it has no effect without -accuracy or -structured")
-    run = main
-    if args.accuracy or args.formats or args.structured:
+    run, part = main, args.accuracy or args.formats or args.structured
+    if part and args.amount is not None:
+        parser.error("argument -amount: of the exercises step by step, so it has no effect with -accuracy, -formats or -structured")
+    args.amount = AMOUNT if args.amount is None else args.amount
+    if part:
         from m29_inference import prune_accuracy, prune_formats, prune_structured  # which import this file
 
         module = prune_accuracy if args.accuracy else prune_formats if args.formats else prune_structured

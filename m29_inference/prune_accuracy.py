@@ -1,9 +1,9 @@
 """What `prune.py -accuracy` does: how many weights a trained network can lose, at once or step by step, before and after fine-tuning.
 
-All are fine-tuned for `-epochs` epochs altogether. The unpruned network is, too, because more training alone may help. "Iterative" prunes
-in STEPS steps with a part of the fine-tuning after each, in which the learning rate rises and falls anew; where there are fewer epochs
-than steps, the last steps get them. Each step takes a share of what is left (half, and then half again, leaves a quarter), so the share
-is chosen for the steps to end at the sparsity asked for.
+All are fine-tuned alike: for `-epochs` epochs altogether, in STEPS parts, in each of which the learning rate rises and falls anew; where
+there are fewer epochs than parts, the last parts get them. The unpruned network is, too, because more training alone may help.
+"One-shot" prunes before the first part, "iterative" a step before each part. Each step takes a share of what is left (half, and then
+half again, leaves a quarter), so the share is chosen for the steps to end at the sparsity asked for.
 """
 
 import sys
@@ -48,21 +48,24 @@ def tune(network: nn.Module, data: dict, args, epochs: int, lr: float = LEARNING
         train(network, data["train"], epochs, seed, CPU, lr, file=file)
 
 
+def tune_in_parts(network: nn.Module, data: dict, args, before_each=lambda: None) -> float:
+    """Accuracy after the whole fine-tuning; `before_each` part of it something may be done to the network."""
+    for part in range(STEPS):
+        before_each()
+        tune(network, data, args, (args.epochs + part) // STEPS, part=part)  # together all epochs; 1 of them: 0, 0, 1
+    return accuracy(network, data["test"])
+
+
 def one_shot(network: nn.Module, data: dict, args, sparsity: float) -> tuple[float, float]:
-    """Accuracy right after pruning, and after all of the fine-tuning."""
+    """Accuracy right after pruning, and after the fine-tuning."""
     prune_all(network, sparsity)
-    before = accuracy(network, data["test"])
-    tune(network, data, args, args.epochs)
-    return before, accuracy(network, data["test"])
+    return accuracy(network, data["test"]), tune_in_parts(network, data, args)
 
 
 def iterative(network: nn.Module, data: dict, args, sparsity: float) -> tuple[None, float]:
-    """Accuracy after STEPS rounds of pruning and a part of the fine-tuning."""
+    """Accuracy after the fine-tuning, a step of the pruning before each part of it."""
     kept = (1 - sparsity) ** (1 / STEPS)  # of what is left, at each step
-    for step in range(STEPS):
-        prune_all(network, 1 - kept)
-        tune(network, data, args, (args.epochs + step) // STEPS, part=step)  # together all epochs; 1 of them: 0, 0, 1
-    return None, accuracy(network, data["test"])
+    return None, tune_in_parts(network, data, args, lambda: prune_all(network, 1 - kept))
 
 
 def measure(args) -> list[dict]:
@@ -71,8 +74,7 @@ def measure(args) -> list[dict]:
     network, data = student_and_data(args)
     untouched = copy_of(network)
     row = {"method": "unpruned", "sparsity": 0.0, "accuracy": accuracy(network, data["test"])}
-    tune(network, data, args, args.epochs)
-    rows = [row | {"accuracy_tuned": accuracy(network, data["test"])}]
+    rows = [row | {"accuracy_tuned": tune_in_parts(network, data, args)}]
     for sparsity in tqdm(SPARSITIES[2:3] if args.quick else SPARSITIES, "sparsities"):
         for name, method in {"one-shot": one_shot, "iterative": iterative}.items():
             fresh = copy_of(untouched)

@@ -31,7 +31,7 @@ class Link:
 
 def links(network: nn.Module) -> list[Link]:
     """The places of a ConvNet, or of torchvision's residual networks: there only inside a block, as the shortcut adds up the rest."""
-    if isinstance(network, ConvNet):
+    if isinstance(network, ConvNet) and isinstance(network.stages[0].norm1, nn.BatchNorm2d):
         places = []
         for number, stage in enumerate(network.stages):
             after = network.stages[number + 1].conv1 if number + 1 < len(network.stages) else network.head
@@ -45,7 +45,9 @@ def links(network: nn.Module) -> list[Link]:
         if isinstance(block, Bottleneck):
             places.append(Link(f"{name}.conv2", block.conv2, block.bn2, block.conv3))
     if not places or any(link.conv.groups * getattr(link.reader, "groups", 1) > 1 for link in places):
-        raise InputError(f"{type(network).__name__}: only ConvNet and residual networks without groups of channels are cut here")
+        raise InputError(
+            f"{type(network).__name__}: only ConvNet with batch normalization, and residual networks without groups of channels, are cut"
+        )
     return places
 
 

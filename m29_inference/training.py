@@ -103,6 +103,7 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
         row = {"epoch": epoch + 1, "loss": torch.stack(losses).mean().item()}
         if not math.isfinite(row["loss"]):
             bar.close()
+            keep_memory(False)
             raise InputError(f"the training failed, its loss is {row['loss']} in epoch {epoch + 1}: lower LEARNING_RATE in training.py")
         row["train_s"] = time.perf_counter() - begin + (rows[-1]["train_s"] if rows else 0)
         rows.append(row | ({"accuracy": accuracy(network, test, device)} if test else {}))

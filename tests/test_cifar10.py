@@ -183,6 +183,15 @@ def test_a_data_set_of_another_form_is_refused_with_the_reason(tmp_path, size, c
     assert said in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_data_without_labels_are_refused(images, tmp_path):
+    from datasets import Dataset
+
+    for split in ("train", "test"):
+        Dataset.from_dict({"img": [Image.fromarray(images[0].permute(1, 2, 0).numpy())]}).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(InputError, match="has no column label, it has: img; CIFAR-10 has img and label"):
+        load_cifar10(str(tmp_path))
+
+
 def save_rows(folder, images: list, labels: list) -> None:
     """Both splits, whatever the columns hold."""
     from datasets import Dataset

@@ -19,7 +19,7 @@ from torch import nn
 
 from cifar10 import SAMPLE_NAME, ConvNet, Images, load_cifar10, normalize, stratified
 from data.sample import SAMPLE_CLASSES, cifar10_sample
-from errors import InputError
+from errors import InputError, one_sentence
 from m29_inference import distill, distill_losses, student, training
 from m29_inference import teacher as teachers
 from m29_inference.distill import distillation_loss, mixed_loss
@@ -310,6 +310,27 @@ def test_logits_are_computed_once_and_a_damaged_or_missing_chunk_again(counted, 
     files[8].write_bytes(files[8].read_bytes()[:40])
     again = cached_logits(teacher, data, [0, 1, UNCHANGED])
     assert 150 < teacher.asked <= 150 + 60 and all(torch.equal(again[view], first[view]) for view in first)
+
+
+def test_on_a_full_disk_the_logits_that_are_kept_stay_kept(counted, monkeypatch, capsys):
+    data, teacher, whole = noise(50), counted(0), np.savez
+
+    def full(file, **arrays):
+        whole(file, **arrays)
+        if "view+001" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        cached_logits(teacher, data, [0, 1])
+    one_sentence(caught.type, caught.value, caught.tb)
+    assert capsys.readouterr().err.startswith("error: the disk is full (")
+    kept = list(teachers.cache_folder(teacher, data).iterdir())
+    assert kept and all("view+000" in file.name for file in kept)
+    monkeypatch.undo()
+    teacher.asked = 0
+    cached_logits(teacher, data, [0, 1])
+    assert teacher.asked == 50  # the second view's
 
 
 def test_another_size_of_chunk_or_another_augmentation_gives_no_other_images_logits(counted, monkeypatch):

@@ -1,6 +1,7 @@
 """prune.py and what belongs to it: zeros counted, formats read back, channels cut out without changing a number, and bad input."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -78,7 +79,8 @@ def test_the_traps_are_shown(capsys):
     said = capsys.readouterr().out
     assert "amount=1: 1 of 840 weights" in said and "amount=1.0: 840 of 840 weights" in said
     assert "zeros in its parameters(): 0, in what fc3 computes with: 840" in said
-    assert "copy.deepcopy of a pruned network: " in said and "global_unstructured on a network in channels_last: " in said
+    for call in ("copy.deepcopy of a pruned network", "global_unstructured on a network in channels_last"):
+        assert f"{call}: RuntimeError, " in said
 
 
 @pytest.mark.parametrize(("epochs", "parts"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (5, [1, 2, 2])])
@@ -95,6 +97,10 @@ def test_the_last_cut_is_always_tuned(monkeypatch, epochs, parts):
     data = dict.fromkeys(("train", "test"), Images(torch.zeros(1), torch.zeros(1), (), "none"))
     prune_accuracy.iterative(ConvNet((8, 8, 8), "batch"), data, SimpleNamespace(epochs=epochs, seed=0), 0.5)
     assert trained == [*parts, "measured"] and len(set(seeds)) == len(parts)  # each part sees other images than the one before
+    before = seeds.copy()
+    trained.clear()
+    prune_accuracy.one_shot(ConvNet((8, 8, 8), "batch"), data, SimpleNamespace(epochs=epochs, seed=0), 0.5)
+    assert trained == ["measured", *parts, "measured"] and seeds == 2 * before  # what differs is when it is pruned, and nothing else
 
 
 def test_a_torch_without_products_with_csr_is_said(monkeypatch):
@@ -166,9 +172,10 @@ def test_a_layer_that_is_never_trained_is_not_pruned(network):
 
 def test_a_shrunk_network_computes_what_the_silenced_one_does(network):
     for share in (0.75, 0.5, 0.25):
-        small = cut(network, share)  # which compares them
+        small, difference = cut(network, share)
+        assert 0 < difference < 1e-5
         assert [link.width for link in links(small)] == [max(16, round(width * share / 16) * 16) for width in (32, 32, 64, 64, 128, 128)]
-    one = cut(network, 0.5, "stages.1.conv2")
+    one, _ = cut(network, 0.5, "stages.1.conv2")
     assert [link.width for link in links(one)] == [32, 32, 64, 32, 128, 128]
 
 
@@ -187,11 +194,21 @@ def test_silence_needs_the_bias_as_well(network):
     assert exact < 1e-5 and constant > 100 * exact
 
 
-def test_a_residual_network_shrinks_inside_its_blocks():
+def test_a_network_that_computes_something_else_is_not_timed(network, monkeypatch):
+    def without_bias(link, channels):
+        link.norm.weight.data[channels] = 0
+
+    monkeypatch.setattr(prune_structured, "silence", without_bias)
+    with pytest.raises(RuntimeError, match="computes something else than the silenced one: the logits differ by"):
+        cut(network, 0.5)
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 8), ("resnet50", 32)])
+def test_a_residual_network_shrinks_inside_its_blocks(name, count):
     torch.manual_seed(0)
-    net, images = unlike_identity(torchvision.models.resnet18()).eval(), torch.randn(2, 3, 64, 64)
+    net, images = unlike_identity(getattr(torchvision.models, name)()).eval(), torch.randn(2, 3, 64, 64)
     places = links(net)
-    assert len(places) == 8
+    assert len(places) == count
     kept = {}
     with torch.no_grad():
         for link in places:
@@ -205,22 +222,22 @@ def test_a_residual_network_shrinks_inside_its_blocks():
 
 def test_bottlenecks_are_cut_in_two_places_and_what_cannot_be_is_refused():
     assert [link.name for link in links(torchvision.models.resnet50())[:3]] == ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"]
-    for other in (torchvision.models.resnext50_32x4d, LeNet):
-        with pytest.raises(InputError, match="only ConvNet and residual networks without groups of channels"):
+    for other in (torchvision.models.resnext50_32x4d, LeNet, partial(ConvNet, norm="group")):
+        with pytest.raises(InputError, match="only ConvNet with batch normalization, and residual networks without groups of channels"):
             links(other())
 
 
 @pytest.mark.parametrize("unit", [24, 48, 64])
 def test_any_unit_is_possible(network, monkeypatch, unit):
     monkeypatch.setattr(prune_structured, "UNIT", unit)
-    pairs = zip(links(cut(network, 0.5)), links(network), strict=True)
+    pairs = zip(links(cut(network, 0.5)[0]), links(network), strict=True)
     assert all(link.width == before.width or link.width % unit == 0 for link, before in pairs)
 
 
 def test_half_the_multiplications_are_not_exceeded(network):
     from m29_inference.macs import gmacs
 
-    assert 0.35 < gmacs(cut_to(network, 0.5), 32) / gmacs(network, 32) <= 0.5
+    assert 0.35 < gmacs(cut_to(network, 0.5)[0], 32) / gmacs(network, 32) <= 0.5
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -269,6 +286,7 @@ def test_the_exercises_in_order(run_script, results):
 
 def test_accuracy_over_sparsity(run_script, results):
     said, rows = run(run_script, results, "-accuracy", "-epochs", "1")
+    assert all(set(row) == {"method", "sparsity", "accuracy", "accuracy_tuned"} for row in rows)
     assert [row["method"] for row in rows] == ["unpruned", "one-shot", "iterative"]
     assert all(row["sparsity"] == pytest.approx(0.8, abs=1e-3) for row in rows[1:])
     assert "of the unpruned network after the same fine-tuning" in said and (results / "prune_accuracy.png").exists()
@@ -291,7 +309,7 @@ def test_whole_channels(run_script, results):
     assert all((results / f"prune_{name}.png").exists() for name in ("structured", "layers"))
 
 
-@pytest.mark.parametrize(("module", "epochs", "rate"), [(prune_accuracy, 3, 0.05), (prune_structured, 6, 0.1)])
+@pytest.mark.parametrize(("module", "epochs", "rate"), [(prune_accuracy, 1, 0.05), (prune_structured, 6, 0.1)])
 def test_the_fine_tuning_that_the_readme_speaks_of(monkeypatch, module, epochs, rate):
     class Begun(Exception):
         pass
@@ -302,7 +320,7 @@ def test_the_fine_tuning_that_the_readme_speaks_of(monkeypatch, module, epochs, 
     images = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a",), "noise")
     monkeypatch.setattr(module, "student_and_data", lambda args: (WhitenedNet(WIDTHS), {"train": images, "test": images}))
     monkeypatch.setattr(prune_accuracy, "train", begin)
-    monkeypatch.setattr(prune_structured, "cut_to", lambda network, share: network)
+    monkeypatch.setattr(prune_structured, "cut_to", lambda network, share: (network, 0.0))
     with pytest.raises(Begun) as begun:
         module.measure(SimpleNamespace(epochs=None, quick=False, seed=4))
     assert begun.value.args == (epochs, 5, rate)
@@ -311,6 +329,7 @@ def test_the_fine_tuning_that_the_readme_speaks_of(monkeypatch, module, epochs, 
 def test_bad_input_is_said(check_refusals):
     cases = {("-amount", "1.5"): (2, "a share between 0 and 1"), ("-accuracy", "-formats"): (2, "not allowed with argument")}
     cases[("-formats", "-epochs", "2")] = (2, "argument -epochs: of fine-tuning, so it has no effect without -accuracy or -structured")
+    cases[("-structured", "-amount", "0.3")] = (2, "argument -amount: of the exercises step by step, so it has no effect with -accuracy")
     cases[("-device", "cuda")] = (2, "argument -device: 'cuda' is not allowed: this exercise computes on the CPU")
     check_refusals(SCRIPT, cases)
 
