@@ -14,6 +14,7 @@ depend on the weights' values, and the accuracies are those that torchvision pub
 import copy
 import difflib
 import io
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -32,6 +33,7 @@ from m29_inference.macs import gmacs
 from machine import available_memory
 
 MODELS = ("resnet18", "efficientnet_b0", "mobilenet_v3_large", "swin_t")
+BATCH_SIZES = [1, 8]  # where -batch_sizes does not say it
 SMALLEST = 32  # pixels a side
 AS_PUBLISHED = {"googlenet": {"aux_logits": False}, "vit_h_14": {"image_size": 518}}  # as the published weights want it, who bring it along
 TOLERANCE, ROUNDED = 0.005, 0.0005  # counts that differ by a larger share are marked; GMACs are published in thousandths
@@ -54,8 +56,12 @@ def build(name: str, pretrained: bool, device: torch.device, others: tuple[str, 
         with warnings.catch_warnings(action="ignore"):  # of networks whose initialization will change
             options = {} if pretrained else AS_PUBLISHED.get(name, {})
             model = torchvision.models.get_model(name, weights=weights if pretrained else None, **options)
-    except (OSError, RuntimeError) as error:  # urllib's errors are among the former; the latter: a file with another checksum
-        raise InputError(f"-pretrained: the weights of {name} cannot be fetched ({error}): leave the flag out") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # urllib's are of the first kind; the others: a damaged file
+        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        place = f"{torch.hub.get_dir()}/checkpoints"
+        raise InputError(
+            f"-pretrained: the weights of {name} cannot be fetched or read ({reason}): leave the flag out, or clear {place}"
+        ) from error
     return model.eval().to(device), weights
 
 
@@ -98,7 +104,8 @@ def why_counters_differ(model: nn.Module, macs: dict[str, float], resolution: in
 def describe(name: str, model: nn.Module, weights, resolution: int) -> dict:
     """Size, MACs by both counters, and what is published, with a mark where the numbers disagree, and why."""
     macs = count_macs(model, resolution)
-    published = weights.meta["_ops"] if resolution == published_resolution(weights) else None
+    as_published = resolution == published_resolution(weights)
+    published = weights.meta["_ops"] if as_published else None
     marks = []
     if abs(macs["ptflops"] / macs["flop_counter"] - 1) > TOLERANCE:
         marks.append(why_counters_differ(model, macs, resolution))
@@ -116,7 +123,7 @@ def describe(name: str, model: nn.Module, weights, resolution: int) -> dict:
         "gmacs_ptflops": macs["ptflops"],
         "gmacs_flop_counter": macs["flop_counter"],
         "gmacs_published": published,
-        "accuracy_published": weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100,
+        "accuracy_published": weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100 if as_published else None,
         "note": "; ".join(marks) or None,
     }
 
@@ -203,14 +210,14 @@ def plan(row: dict, batch: int, timing: tuple[float, float, str]) -> dict:
 
 
 def main(args) -> list[dict]:
-    batches = sorted(set(args.batch_sizes if not args.quick else [1]))
+    batches = sorted(set(args.batch_sizes or ([1] if args.quick else BATCH_SIZES)))
     rows = []
     for name in tqdm(dict.fromkeys(args.models), "networks"):
         model, weights = build(name, args.pretrained, args.device)
         resolution = args.resolution or published_resolution(weights)
         fitting = {batch: fitting_batch(model, name, resolution, batch, args.device) for batch in batches}
         row = describe(name, model, weights, resolution)
-        for batch in fitting.values():
+        for batch in dict.fromkeys(fitting.values()):
             rows.append(plan(row, batch, time_forward(model, torch.randn(batch, 3, resolution, resolution, device=args.device))))
     rates = ceilings(args.device)
     best = max(rates, key=rates.get)
@@ -219,9 +226,12 @@ def main(args) -> list[dict]:
     print_table([{key: row[key] for key in counted} for row in firsts])
     print(f"\nGMAC/s here: {', '.join(f'{name} {rate:,.0f}' for name, rate in rates.items())}; of_ceiling is the share of {best}")
     timed = ("model", "batch", "latency_ms", "latency_sd_ms", "images_per_s", "gmacs_per_s", "layout", "accuracy_published")
-    print_table([{key: row[key] for key in timed} | {"of_ceiling": row["gmacs_per_s"] / rates[best]} for row in rows])
-    print(advise(firsts, args.budget_ms))
-    save_figure(plot_accuracy(firsts), __file__, "accuracy", args, "5 repeats, accuracy as published by torchvision")
+    rows = [row | {"of_ceiling": row["gmacs_per_s"] / rates[best]} for row in rows]
+    print_table([{key: row[key] for key in (*timed, "of_ceiling")} for row in rows])
+    known = [row for row in firsts if row["accuracy_published"]]
+    print(advise(known, args.budget_ms))
+    if known:
+        save_figure(plot_accuracy(known), __file__, "accuracy", args, "5 repeats, accuracy as published by torchvision")
     save_figure(plot_rates(firsts, best, rates[best]), __file__, "rates", args, "5 repeats, median")
     return rows
 
@@ -231,7 +241,7 @@ if __name__ == "__main__":
     flag = parser.add_argument
     flag("-models", nargs="+", default=list(MODELS), help=f"torchvision's names (default: {' '.join(MODELS)})")
     flag("-resolution", type=positive_int, help="pixels a side (default: each network's own)")
-    flag("-batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="images at a time (default: 1 8)")
+    flag("-batch_sizes", type=positive_int, nargs="+", help="images at a time (default: 1 8)")
     flag("-budget_ms", type=positive_number, default=50.0, help="latency at the smallest batch that you can afford (default: 50)")
     flag("-pretrained", action="store_true", help="download the published weights; changes no latency")
     args = parse(parser)

@@ -41,9 +41,10 @@ def plot_rates(rows: list[dict], what: str, ceiling: float) -> plt.Figure:
         if share < 1:  # the red one is named in the legend: a network near the ceiling has its own name there
             axes.annotate(f"{rate:,.0f} GMAC/s", (macs[1], macs[1] / rate * 1e3), fontsize=7, color="grey", ha="right", va="bottom")
     for row in rows:
-        axes.plot(row["gmacs"], row["latency_ms"], "o")
-        axes.annotate(f" {row['model']}, {row['gmacs_per_s']:,.0f} GMAC/s", (row["gmacs"], row["latency_ms"]), fontsize=8, va="top")
-    axes.set(xlabel="GMACs an image", ylabel=f"ms at batch {rows[0]['batch']}", xscale="log", yscale="log", xlim=macs)
+        point = (row["gmacs"], row["latency_ms"] / row["batch"])
+        axes.plot(*point, "o")
+        axes.annotate(f" {row['model']}, {row['gmacs_per_s']:,.0f} GMAC/s", point, fontsize=8, va="top")
+    axes.set(xlabel="GMACs an image", ylabel=f"ms an image, at batch {rows[0]['batch']}", xscale="log", yscale="log", xlim=macs)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
@@ -54,7 +55,9 @@ def plot_rates(rows: list[dict], what: str, ceiling: float) -> plt.Figure:
 
 
 def advise(rows: list[dict], budget_ms: float) -> str:
-    """Which network to take for a latency budget, and why."""
+    """Which network to take for a latency budget, and why; `rows` are those whose accuracy is published."""
+    if not rows:
+        return "At this resolution no accuracy is published: these are latencies, and what to weigh them against must be measured."
     fitting = [row for row in rows if row["latency_ms"] <= budget_ms]
     if not fitting:
         fastest = min(rows, key=lambda row: row["latency_ms"])
@@ -63,9 +66,9 @@ def advise(rows: list[dict], budget_ms: float) -> str:
     text = (
         f"For {budget_ms:g} ms take {best['model']}: {best['accuracy_published']:.1%} published accuracy in {best['latency_ms']:.1f} ms, "
     )
-    better = [row for row in rows if row["accuracy_published"] > best["accuracy_published"]]
-    if better:
+    if better := [row for row in rows if row["accuracy_published"] > best["accuracy_published"]]:
+        next_one = min(better, key=lambda row: row["latency_ms"])
         return (
-            text + f"the best of {len(fitting)} that fit; {better[0]['model']} is more accurate and needs {better[0]['latency_ms']:.1f} ms."
+            text + f"the best of {len(fitting)} that fit; {next_one['model']} is more accurate and needs {next_one['latency_ms']:.1f} ms."
         )
     return text + "the most accurate of all, and it fits."

@@ -5,15 +5,14 @@ some batches run through it, chooses a scale and a zero point for every tensor, 
 PyTorch's compiler finds these around a convolution or a linear layer and replaces the group by one int8 operation. Without the
 third step nothing is gained: quantize, dequantize and a float convolution take longer than the convolution alone.
 
-What torchao keeps in a file is the graph, small and for any machine. What AOTInductor writes is machine code with the weights inside:
-it needs neither torchao nor a compiler to run, but fits this kind of CPU, this batch size and this number of threads.
+What AOTInductor writes is machine code with the weights inside: it needs neither torchao nor a compiler to run, but fits this kind of
+CPU, this batch size and this number of threads. The graph, which int8_file.py keeps, is small, and for any batch size and system.
 """
 
 import contextlib
 import copy
 import dataclasses
 import functools
-import io
 import logging
 import os
 import re
@@ -32,11 +31,14 @@ from tqdm import tqdm
 
 from errors import InputError
 from machine import cpu_has
-from paths import atomic_path, check_zip
 
-ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=4096)},)
-MADE_OF = "made_of"  # the note in a saved graph
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)
 SMALLEST_SCALE = 2**-60  # torchao's own 2**-12 is coarser than the activations of some networks, mobilenet_v3 for one
+
+
+def activation_bits() -> int:
+    """8, or 7 where the sum of two products would have to fit into 16 bits."""
+    return 8 if has_vnni() else 7
 
 
 def has_vnni() -> bool:
@@ -102,7 +104,7 @@ def int8_recipe(keep_float: tuple[str, ...] = ()):
     keep_float: names of layers that stay float32.
     """
     x86 = import_quantizer()
-    config = x86.get_default_x86_inductor_quantization_config(reduce_range=not has_vnni())  # activations in 7 bits: no overflow
+    config = x86.get_default_x86_inductor_quantization_config(reduce_range=activation_bits() < 8)
     for part in ("input_activation", "weight"):
         spec = getattr(config, part)
         observer = spec.observer_or_fake_quant_ctr
@@ -132,7 +134,8 @@ def quantize_network(network: nn.Module, calibration: list[torch.Tensor], keep_f
     recipe = int8_recipe(keep_float)
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    exported = export_network(copy.deepcopy(network).eval(), calibration[0])
+    example = calibration[0].repeat(2, 1, 1, 1)  # of a single image torch.export would conclude that there is always one
+    exported = export_network(copy.deepcopy(network).eval(), example)
     try:
         with quiet(), torch.no_grad():
             observed = prepare_pt2e(exported.module(), recipe)
@@ -203,50 +206,3 @@ def int8_calls(file: Path) -> list[str]:
     with zipfile.ZipFile(file) as package:
         sources = [package.read(name).decode(errors="replace") for name in package.namelist() if name.endswith("wrapper.cpp")]
     return re.findall(r"aoti_torch_cpu__q(?:conv|linear)\w*\((?!\").*", "\n".join(sources))  # not the mark, which has the name in quotes
-
-
-# ---- the file that goes to other machines ----------------------------------------------------------------------------
-
-
-def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path, made_of: str = "") -> Path:
-    """Keep the int8 network itself, for any batch size and any machine: to be compiled there. `made_of`: which float network it was."""
-    with quiet(), torch.no_grad(), atomic_path(file) as temporary:
-        exported = export_network(graph, images)
-        exported.example_inputs = None  # they would go into the file
-        for node in exported.graph.nodes:
-            for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):  # where it came from
-                node.meta.pop(note, None)
-        content = io.BytesIO()  # torch's own writer does not say it when the disk is full
-        torch.export.save(exported, content, extra_files={MADE_OF: made_of})
-        temporary.write_bytes(deflate_text(content).getbuffer())
-    return file
-
-
-def deflate_text(content: io.BytesIO) -> io.BytesIO:
-    """The same zip file with the graph's text compressed, which would be a quarter of a small network's; the weights stay as they are."""
-    smaller = io.BytesIO()
-    with zipfile.ZipFile(content) as old, zipfile.ZipFile(smaller, "w") as new:
-        for name in old.namelist():
-            entry = zipfile.ZipInfo(name)  # without the time, so that the same network is the same file
-            new.writestr(entry, old.read(name), zipfile.ZIP_DEFLATED if name.endswith(".json") else zipfile.ZIP_STORED)
-    return smaller
-
-
-def check_graph_file(file: Path) -> None:
-    """InputError where there is no such file: to be called before minutes are spent on something else."""
-    if not Path(file).is_file():
-        raise InputError(f"{file}: no such file")
-
-
-def load_graph(file: Path) -> tuple[nn.Module, str]:
-    """What save_graph kept, and `made_of`; InputError where the file is none of its."""
-    import_quantizer()
-    check_graph_file(file)
-    notes = {MADE_OF: ""}
-    try:
-        check_zip(file)
-        with quiet():
-            graph = torch.export.load(file, extra_files=notes).module()
-        return graph, notes[MADE_OF]
-    except Exception as error:  # zipfile's, json's and torch's own
-        raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error

@@ -118,7 +118,7 @@ def errors_of_sums(bits: int, generator: torch.Generator, trials: int = 256) -> 
             integer_product(quantize(x, scale, zero_point, bits), zero_point, quantize(w, scale, zero_point, bits), zero_point) * scale**2
         )
         error = (sums.double() - (x.double() * w.double()).sum(1)).square().mean().sqrt()
-        rows.append({"measured": "sum", "products": n, "rms_error": error.item(), "rms_sum": n**0.5})
+        rows.append({"measured": "sum", "products": n, "rms_error": error.item(), "sqrt_products": n**0.5})
     return rows
 
 
@@ -175,8 +175,7 @@ def main(args) -> list[dict]:
     print(f"back: {back}; error at most {error[inside].max():.2f} scale")
     if not inside.all():
         print(f"{int((~inside).sum()):,} values outside the range saturate: they are off by up to {error.max():.0f} scale")
-    if args.bits == 8:
-        print(in_the_courses_way(x, scale, zero_point))
+    print(in_the_courses_way(x, scale, zero_point) if args.bits == 8 else "torch.quantize_per_tensor knows 8 bits alone: left out")
     bits, granularity, sums = errors_by_bits(x), errors_by_granularity(args.bits, generator), errors_of_sums(args.bits, generator)
     for rows in (bits, granularity, sums):
         print()
@@ -222,9 +221,9 @@ if __name__ == "__main__":
     part = parser.add_mutually_exclusive_group().add_argument
     part("-layers", action="store_true", help="with -model: keep one layer at a time in float32")
     part("-profile", action="store_true", help="with -model: time each layer in int8, for the first of -batch_sizes and of -threads")
-    flag("-batch_sizes", type=positive_int, nargs="+", default=[1, 32], help="with -model: images at a time (default: 1 32)")
+    flag("-batch_sizes", type=positive_int, nargs="+", help="with -model: images at a time (default: 1 32)")
     flag("-threads", type=positive_int, nargs="+", help="with -model: threads to time with (default: -num_threads, else 1 and all)")
-    flag("-calibration", type=positive_int, default=320, help="with -model: images that set the scales (default: 320)")
+    flag("-calibration", type=positive_int, help="with -model: images that set the scales (default: 320)")
     flag("-pretrained", action="store_true", help="with -model: download torchvision's weights; changes no latency")
     flag("-data", help="for the student: folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
     flag("-save", type=Path, help="with -model: keep the int8 network in this file")
@@ -232,7 +231,8 @@ if __name__ == "__main__":
     flag("-peers", action="store_true", help="with -model: also ONNX Runtime and OpenVINO, where they are installed")
     args = parse(parser)
     refuse_idle_flags(parser, args)
-    args.threads = args.threads or ([args.num_threads] if args.num_threads else sorted({1, usable_cpus()}))
+    every = [1] if args.quick else sorted({1, usable_cpus()})
+    args.threads = args.threads or ([args.num_threads] if args.num_threads else every)
     run = main
     if args.model:
         from m29_inference.quantize_layers import sensitivity  # which imports this file

@@ -14,7 +14,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
 from errors import InputError
-from m29_inference.int8 import compile_to_file, load_compiled, load_graph, save_graph
+from m29_inference.int8 import compile_to_file, load_compiled
+from m29_inference.int8_file import load_graph, save_graph
 from m29_inference.training import CPU, answers, fingerprint
 from paths import display_path
 

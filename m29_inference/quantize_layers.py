@@ -11,18 +11,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from cifar10 import normalize
 from common import print_table, save_figure
 from m29_inference import quantize
-from m29_inference.int8 import quantize_network
+from m29_inference.int8 import import_quantizer, quantize_network
 from m29_inference.quantize_cost import relative
 from m29_inference.quantize_linear import with_plain_attention
-from m29_inference.quantize_model import load_network
 from m29_inference.quantize_report import plot_layers
+from m29_inference.quantize_setup import load_network, say_seven_bits
 
 CALIBRATION, HELD_OUT = 64, 1000  # images; the graphs are not compiled here, so they are slow
 
 
 def sensitivity(args) -> list[dict]:
     """A row for all layers in int8 and one for each layer kept in float32: error of the logits, answers that agree, accuracy."""
+    import_quantizer()
     network, calibration, data = load_network(args)
+    say_seven_bits()
     network, found = with_plain_attention(network), torch.cat(calibration)
     calibration = list(found[:CALIBRATION].split(32))
     if len(found) > CALIBRATION:
@@ -37,14 +39,14 @@ def sensitivity(args) -> list[dict]:
         int8 = quantize_network(network, calibration, (kept,) if kept else ())
         with torch.inference_mode():
             ours = int8(images)
-        row = {"measured": "layer", "kept_float32": kept or "none", "error": relative(ours, logits)}
+        row = {"measured": "layer", "model": args.model, "kept_float32": kept or "none", "error": relative(ours, logits)}
         row |= {"same_class": (ours.argmax(1) == logits.argmax(1)).double().mean().item()}
         rows.append(row | {"accuracy": (ours.argmax(1) == labels).double().mean().item() if data else None})
-    print_table(
-        [{key: value for key, value in row.items() if key != "measured"} for row in [rows[0], *sorted(rows[1:], key=lambda r: r["error"])]]
-    )
+    shown = [rows[0], *sorted(rows[1:], key=lambda row: row["error"])]
+    print_table([{key: value for key, value in row.items() if key not in ("measured", "model")} for row in shown])
     best = min(rows[1:], key=lambda row: row["error"])
     saved = 1 - best["error"] / rows[0]["error"]
-    print(f"kept in float32, {best['kept_float32']} takes away {saved:.0%} of the error of the logits; any other layer less")
+    others = "of the two that were tried" if args.quick else "layer"
+    print(f"kept in float32, {best['kept_float32']} takes away {saved:.0%} of the error of the logits; any other {others} less")
     save_figure(plot_layers(rows, "relative error of the logits"), quantize.__file__, "layers", args, f"{len(images)} images")
     return rows

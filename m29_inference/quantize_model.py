@@ -19,76 +19,33 @@ from torch._inductor.utils import run_and_get_code
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import normalize
 from common import measure_alternately, print_table, save_figure
 from errors import InputError
 from m29_inference import quantize
-from m29_inference.architectures import build, fitting_batch, published_resolution, uses_attention
+from m29_inference.architectures import fitting_batch, uses_attention
 from m29_inference.int8 import (
-    check_graph_file,
     compile_to_file,
     first_line,
     has_compiler,
-    has_vnni,
     import_quantizer,
     int8_calls,
     load_compiled,
-    load_graph,
     quantize_network,
     quiet,
-    why_not_compiled,
 )
+from m29_inference.int8_file import check_graph_file
 from m29_inference.quantize_cost import NOT_COMPILED, InBfloat16, compare_accuracy, relative, sizes_mb
 from m29_inference.quantize_linear import dynamic_int8, with_plain_attention
 from m29_inference.quantize_peers import convert_for_peers, load_peers
 from m29_inference.quantize_report import plot_speed, say
-from m29_inference.student import student_and_data
-from m29_inference.training import CPU, fast_format, fingerprint
+from m29_inference.quantize_setup import check_place, load_converted, load_network, say_what_is_missing
+from m29_inference.training import CPU, fast_format
 
 REPEATS = 9
+BATCH_SIZES = [1, 32]  # where -batch_sizes does not say it
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
-
-
-def load_network(args) -> tuple[nn.Module, list[torch.Tensor], dict | None]:
-    """The network in eval mode, batches of 32 images to calibrate with, and the data where there are labels to count right answers."""
-    n = 32 if args.quick else args.calibration
-    if args.model == "student":
-        network, data = student_and_data(args)
-        picked = torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(args.seed))[:n]
-        images = normalize(data["train"].images[picked])
-    else:
-        (network, weights), data = build(args.model, args.pretrained, CPU, others=("student",)), None
-        for module in network.modules():
-            if isinstance(module, nn.Linear) and not module.weight.any():  # the head of an untrained Vision Transformer: all outputs 0
-                nn.init.trunc_normal_(module.weight, std=0.02)
-        resolution = published_resolution(weights)
-        images = torch.randn(n, 3, resolution, resolution, generator=torch.Generator().manual_seed(args.seed))
-        print(f"{args.model} is calibrated with random numbers: its latencies are right, its scales would not be for photographs")
-    if len(images) < 32:
-        print(f"warning: {len(images)} images to calibrate with are few: the ranges of rarer values are missed; 320 are usual")
-    if images.std(0).max() < 1e-6:
-        print("warning: all images to calibrate with are the same: the scales fit this one image, not others")
-    return network, list(images.split(32)), data
-
-
-def load_converted(args, network: nn.Module) -> nn.Module:
-    """The int8 network out of -load, if it is one of this very network."""
-    int8, made_of = load_graph(args.load)
-    if made_of != fingerprint(network):
-        raise InputError(f"{args.load} was made of another network or training than this {args.model}: leave -load out to convert it")
-    return int8
-
-
-def say_what_is_missing() -> None:
-    """What this machine lacks for int8 to be fast."""
-    if not has_compiler():
-        print(f"{why_not_compiled()}: int8 is the graph, not compiled; that shows accuracy, no speed.")
-    if not has_vnni():
-        print("This processor adds up int8 products in 16 bits (torch finds no VNNI): activations are kept in 7, so that no sum overflows.")
-    if not fast_format(torch.device("cpu"))["enabled"]:
-        print("compiled bfloat16 is left out: this processor has no instructions for it")
 
 
 def find_variants(network: nn.Module, int8: nn.Module, quick: bool) -> dict[str, nn.Module]:
@@ -182,7 +139,7 @@ def compare_outputs(outputs: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def time_all(args, network: nn.Module, variants: dict, calibration: list[torch.Tensor]) -> list[dict]:
     """Rows for each batch size and number of threads."""
-    batches, threads = (args.batch_sizes[:1], args.threads[:1]) if args.quick else (args.batch_sizes, args.threads)
+    batches, threads = args.batch_sizes or BATCH_SIZES[: 1 if args.quick else None], args.threads
     batches = list(dict.fromkeys(fitting_batch(network, args.model, calibration[0].shape[-1], batch, CPU) for batch in batches))
     rows, images = [], torch.cat(calibration)
     total = len(variants) * len(batches) * len(threads)
@@ -210,6 +167,8 @@ def compare(args) -> list[dict]:
     import_quantizer()
     if args.load:
         check_graph_file(args.load)
+    if args.save:
+        check_place(args.save)
     network, calibration, data = load_network(args)
     say_what_is_missing()
     images = sum(len(batch) for batch in calibration)
@@ -223,8 +182,9 @@ def compare(args) -> list[dict]:
     rows = time_all(args, network, variants, calibration)
     answering = {name: variants[name] for name in ("compiled bfloat16", "int8", NOT_COMPILED) if name in variants}
     accuracy = compare_accuracy(network, answering, data, has_compiler() and not args.quick) if data else {}
+    accuracy["int8"] = accuracy.get("int8", accuracy.get(NOT_COMPILED, {}))
     for row in rows:
-        same = row["variant"].removesuffix(", torch.compile")  # the int8 graph compiled in another way
+        same = "int8" if row["variant"] in ("int8, torch.compile", NOT_COMPILED) else row["variant"]  # the same graph, however it runs
         row |= {"size_mb": sizes.get(row["variant"]), "accuracy": None} | accuracy.get(same, {})
     said = ("runs_ms", "accuracy_difference", "accuracy_margin", "same_class")  # in sentences, here and below
     print_table([{key: value for key, value in row.items() if key not in said} for row in rows])

@@ -56,7 +56,15 @@ def onnx_runtime(network: nn.Module, calibration: list[torch.Tensor], folder: Pa
             return None if batch is None else {"images": batch.numpy()}
 
     exported, prepared, quantized = (str(folder / f"{name}.onnx") for name in ("float", "prepared", "int8"))
-    torch.onnx.export(network, (calibration[0],), exported, input_names=["images"], dynamic_shapes=ANY_BATCH, dynamo=True, verbose=False)
+    torch.onnx.export(
+        network,
+        (calibration[0].repeat(2, 1, 1, 1),),
+        exported,
+        input_names=["images"],
+        dynamic_shapes=ANY_BATCH,
+        dynamo=True,
+        verbose=False,
+    )
     quant_pre_process(exported, prepared)
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     quantize_static(prepared, quantized, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **types)

@@ -25,6 +25,7 @@ from m29_inference.architectures import fitting_batch
 from m29_inference.int8 import (
     compile_to_file,
     has_compiler,
+    import_quantizer,
     int8_calls,
     load_compiled,
     quantize_network,
@@ -33,7 +34,8 @@ from m29_inference.int8 import (
 )
 from m29_inference.macs import gmacs_by_layer
 from m29_inference.quantize_linear import with_plain_attention
-from m29_inference.quantize_model import load_network
+from m29_inference.quantize_model import BATCH_SIZES
+from m29_inference.quantize_setup import load_network, say_seven_bits
 from m29_inference.training import CPU
 
 REPEATS = 15
@@ -104,10 +106,12 @@ def profile(args) -> list[dict]:
         raise InputError(
             f"{why_not_compiled() or 'PyTorch writes no marks into code for this system'}: -profile times marked, compiled code"
         )
+    import_quantizer()
     network, calibration, _ = load_network(args)
+    say_seven_bits()
     network, images = with_plain_attention(network), torch.cat(calibration)
     torch.set_num_threads(args.threads[0])
-    batch = fitting_batch(network, args.model, images.shape[-1], args.batch_sizes[0], CPU)
+    batch = fitting_batch(network, args.model, images.shape[-1], (args.batch_sizes or BATCH_SIZES)[0], CPU)
     images = images[torch.arange(batch) % len(images)]
     setting, repeats = f"batch {batch}, threads {args.threads[0]}", 3 if args.quick else REPEATS
     print(f"{setting}: converting to int8, compiling, {repeats} runs")

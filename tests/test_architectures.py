@@ -1,6 +1,8 @@
 """architectures.py: the counters against hand-computed networks and published numbers, the advice, and bad input."""
 
 import json
+import pickle
+import re
 
 import pytest
 import torch
@@ -81,6 +83,24 @@ def test_the_front_and_the_advice():
     assert "take fast" in said[30] and "slow is more accurate and needs 50.0 ms" in said[30]
     assert "take slow" in said[60] and "the most accurate of all" in said[60]
     assert architectures_report.advise(rows, 5).startswith("No network here needs at most 5 ms; the fastest, fast")
+    nearest = [{"model": "slower", "latency_ms": 90.0, "accuracy_published": 0.9}, *rows]
+    assert "slow is more accurate and needs 50.0 ms" in architectures_report.advise(nearest, 30)
+    assert "no accuracy is published" in architectures_report.advise([], 30)
+
+
+def test_a_rate_is_drawn_on_its_line_at_any_batch():
+    for batch in (1, 8):
+        row = {"model": "net", "gmacs": 2.0, "batch": batch, "latency_ms": 20.0 * batch, "gmacs_per_s": 100.0}
+        axes = architectures_report.plot_rates([row], "a matrix product", 100.0).axes[0]
+        ceiling, point = axes.lines[0], axes.lines[-1]
+        assert point.get_ydata()[0] == pytest.approx(point.get_xdata()[0] * ceiling.get_ydata()[0] / ceiling.get_xdata()[0])
+
+
+def test_an_accuracy_is_that_of_its_resolution():
+    model, weights = architectures.build("mobilenet_v3_large", False, CPU)
+    rows = [architectures.describe("mobilenet_v3_large", model, weights, pixels) for pixels in (64, 224)]
+    assert [row["accuracy_published"] for row in rows] == [None, pytest.approx(0.75274)]
+    assert [row["gmacs_published"] for row in rows] == [None, 0.217]
 
 
 def test_a_batch_too_large_for_the_memory_is_made_smaller(monkeypatch, capsys):
@@ -111,23 +131,24 @@ def test_bad_input_is_said():
         architectures.fitting_batch(model, "vit_b_16", 16, 1, CPU)
 
 
-def test_weights_that_cannot_be_fetched_are_said(monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no route to host"), EOFError(), pickle.UnpicklingError("invalid load key, '<'")])
+def test_weights_that_cannot_be_fetched_are_said(monkeypatch, error):
     def refuse(*_, **__):
-        raise OSError("no route to host")
+        raise error
 
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
-    with pytest.raises(InputError, match=r"the weights of resnet18 cannot be fetched .no route to host.: leave the flag out"):
+    said = re.escape(str(error) or "EOFError")
+    with pytest.raises(InputError, match=rf"the weights of resnet18 cannot be fetched or read .{said}.: leave the flag out, or clear"):
         architectures.build("resnet18", True, CPU)
 
 
 def test_the_run_of_a_learner(run_script, results):
-    done = run_script(SCRIPT, "-quick", "-models", "mobilenet_v3_large", "resnet18", "-resolution", "64")
+    done = run_script(SCRIPT, "-quick", "-models", "mobilenet_v3_large", "resnet18")
     assert done.returncode == 0, done.stderr
     assert "GMAC/s here: a matrix product" in done.stdout and "For 50 ms take" in done.stdout
     rows = json.loads((results / "architectures.json").read_text())["rows"]
-    keys = {"model", "parameters", "gmacs", "gmacs_published", "batch", "latency_ms", "images_per_s", "accuracy_published"}
+    keys = {"model", "parameters", "gmacs", "gmacs_published", "batch", "latency_ms", "images_per_s", "accuracy_published", "of_ceiling"}
     assert [row["model"] for row in rows] == ["mobilenet_v3_large", "resnet18"] and keys <= set(rows[0])
-    assert rows[0]["gmacs_published"] is None  # it was published for another resolution
     assert all((results / f"architectures_{name}.png").exists() for name in ("accuracy", "rates"))
 
 

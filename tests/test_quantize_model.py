@@ -18,13 +18,14 @@ from torch import nn
 from cifar10 import ConvNet, Images
 from common import Timing
 from errors import InputError
-from m29_inference import int8, quantize_model, quantize_profile, quantize_report, student, training
+from m29_inference import int8, int8_file, quantize_model, quantize_profile, quantize_report, quantize_setup, student, training
 from m29_inference.macs import gmacs, gmacs_by_layer
 from m29_inference.network import WhitenedNet
 from m29_inference.quantize_cost import compare_accuracy, margin, relative, size_of_weights, sizes_mb
 from m29_inference.quantize_linear import PlainAttention, dynamic_int8, with_plain_attention
-from m29_inference.quantize_model import compiled, find_variants, load_converted, load_network, say_what_is_missing
+from m29_inference.quantize_model import compiled, find_variants
 from m29_inference.quantize_peers import convert_for_peers, load_peers
+from m29_inference.quantize_setup import load_converted, load_network, say_what_is_missing
 from machine import cpu_has
 
 SCRIPT = "m29_inference/quantize.py"
@@ -72,7 +73,7 @@ def test_scales_are_as_fine_as_small_activations_need():
 
 def test_a_mobilenet_is_off_by_a_twentieth_at_most(monkeypatch):
     monkeypatch.setattr(int8, "has_vnni", lambda: True)  # 8 bits for activations, not 7
-    args = SimpleNamespace(model="mobilenet_v3_small", quick=True, calibration=32, pretrained=False, seed=0)
+    args = SimpleNamespace(model="mobilenet_v3_small", quick=True, calibration=32, pretrained=False, seed=0, load=None)
     network, calibration, _ = load_network(args)  # random weights: its activations become smaller from layer to layer
     images = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -100,9 +101,9 @@ def test_a_layer_that_is_kept_stays_float(network):
 
 
 def test_what_is_saved_comes_back_bit_for_bit(graph, tmp_path):
-    file = int8.save_graph(graph, batches()[0], tmp_path / "net.pt2")
+    file = int8_file.save_graph(graph, batches()[0], tmp_path / "net.pt2")
     with torch.inference_mode():
-        assert torch.equal(int8.load_graph(file)[0](batches()[1][:7]), graph(batches()[1][:7]))
+        assert torch.equal(int8_file.load_graph(file)[0](batches()[1][:7]), graph(batches()[1][:7]))
     assert list(tmp_path.iterdir()) == [file] and file.stat().st_size < 50_000  # no example images, no source lines, compressed text
 
 
@@ -112,13 +113,13 @@ def test_a_file_that_is_none_is_refused(content, said, tmp_path):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=said):
-        int8.load_graph(file)
+        int8_file.load_graph(file)
 
 
 @needs_compiler
 def test_compiled_code_runs_int8_operations_and_needs_no_torchao(graph, tmp_path):
     images = batches()[0]
-    loaded, _ = int8.load_graph(int8.save_graph(graph, images, tmp_path / "graph.pt2"))
+    loaded, _ = int8_file.load_graph(int8_file.save_graph(graph, images, tmp_path / "graph.pt2"))
     file = int8.compile_to_file(loaded, images, tmp_path / "net.pt2")
     assert len(int8.int8_calls(file)) == 7 or not X86  # six convolutions and the linear layer
     with torch.inference_mode():
@@ -136,13 +137,13 @@ assert torch.equal(torch._inductor.aoti_load_package({str(file)!r})(kept["images
 
 
 def test_a_flipped_bit_in_a_weight_is_noticed(graph, tmp_path):
-    file = int8.save_graph(graph, batches()[0], tmp_path / "net.pt2")
+    file = int8_file.save_graph(graph, batches()[0], tmp_path / "net.pt2")
     content = bytearray(file.read_bytes())
     weight = next(value for value in graph.state_dict().values() if value.dtype == torch.int8 and value.numel() > 1000)
     content[content.index(weight.numpy().tobytes()) + 99] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match="is damaged"):
-        int8.load_graph(file)
+        int8_file.load_graph(file)
 
 
 def test_what_is_compared_is_the_same_network(capsys):
@@ -242,7 +243,7 @@ def test_a_network_that_torchao_fails_on_is_refused(network, monkeypatch):
 
 def test_without_torchao_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e.quantizer", None)
-    for use in (int8.int8_recipe, lambda: int8.load_graph("net.pt2")):
+    for use in (int8.int8_recipe, lambda: int8_file.load_graph("net.pt2")):
         with pytest.raises(InputError, match="torchao is missing"):
             use()
 
@@ -261,7 +262,14 @@ def test_the_run_of_a_learner(run_script, results, tmp_path):
     assert {"model", "variant", "batch", "threads", "latency_ms", "size_mb", "accuracy"} <= set(rows["int8"])
     assert rows["eager"]["relative_difference"] == 0 < rows["int8"]["relative_difference"] < 0.2
     assert abs(rows["int8"]["accuracy"] - rows["eager"]["accuracy"]) < 0.05
-    assert (results / "quantize_speed.png").exists() and kept.exists()
+    assert (results / "quantize_speed.png").exists()
+
+    nowhere = run_script(SCRIPT, "-model", "student", "-quick", "-load", kept, CXX="no-such-compiler")
+    assert nowhere.returncode == 0 and "There is no C++ compiler here (no-such-compiler)" in nowhere.stdout, nowhere.stderr
+    again = {row["variant"]: row for row in json.loads((results / "quantize.json").read_text())["rows"]}
+    assert set(again) == {"eager", "channels_last", "int8, not compiled"}
+    assert again["int8, not compiled"]["accuracy"] == pytest.approx(rows["int8"]["accuracy"], abs=0.01)
+    assert again["int8, not compiled"]["relative_difference"] == pytest.approx(rows["int8"]["relative_difference"], rel=0.2)
 
 
 @pytest.fixture
@@ -449,12 +457,16 @@ def test_a_layer_that_does_not_run_is_not_counted():
     assert list(gmacs_by_layer(Idle(), torch.zeros(5, 4)).items()) == [("first", 80 / 1e9), ("used", 40 / 1e9)]
 
 
-def test_bad_input_is_said(check_refusals):
+def test_bad_input_is_said(check_refusals, tmp_path):
+    damaged = tmp_path / "damaged.pt2"
+    damaged.write_bytes(b"no zip")
     cases = {
         ("-model", "resnet81"): (1, "did you mean resnet18"),
         ("-model", "studnet"): (1, "did you mean student or "),
         ("-model", "student", "-data", "nowhere"): (1, "-data nowhere"),
         ("-model", "mobilenet_v3_small", "-quick", "-load", "nowhere.pt2"): (1, "nowhere.pt2: no such file"),
+        ("-model", "mobilenet_v3_small", "-quick", "-load", str(damaged)): (1, "damaged.pt2 is damaged, or not a network"),
+        ("-model", "mobilenet_v3_small", "-quick", "-save", str(tmp_path)): (1, "is a folder: give a file"),
         ("-layers",): (2, "give -model, too"),
         ("-model", "student", "-layers", "-profile"): (2, "argument -profile: not allowed with argument -layers"),
         ("-model", "student", "-profile", "-save", "net.pt2"): (2, "argument -save: has no effect with -profile"),
@@ -490,7 +502,8 @@ def test_the_verdict_follows_from_the_rounds(capsys):
 def test_what_the_processor_lacks_is_said_and_left_out(network, graph, monkeypatch, capsys, capable):
     for module in (int8, training):
         monkeypatch.setattr(module, "cpu_has", lambda feature: capable)
-    monkeypatch.setattr(quantize_model, "has_compiler", lambda: True)
+    for module in (quantize_model, quantize_setup):
+        monkeypatch.setattr(module, "has_compiler", lambda: True)
     say_what_is_missing()
     printed = capsys.readouterr().out
     assert ("activations are kept in 7, so that no sum overflows" in printed) is not capable
@@ -500,21 +513,55 @@ def test_what_the_processor_lacks_is_said_and_left_out(network, graph, monkeypat
 
 @pytest.mark.parametrize(("images", "said"), [(8, "8 images to calibrate with are few"), (64, "")])
 def test_too_few_images_to_calibrate_with_are_warned_about(images, said, capsys):
-    args = SimpleNamespace(model="mobilenet_v3_small", quick=False, calibration=images, pretrained=False, seed=0)
+    args = SimpleNamespace(model="mobilenet_v3_small", quick=False, calibration=images, pretrained=False, seed=0, load=None)
     network, calibration, data = load_network(args)
     assert sum(map(len, calibration)) == images and data is None and not network.training
     printed = capsys.readouterr().out
     assert said in printed and "mobilenet_v3_small is calibrated with random numbers" in printed
 
 
-def test_the_same_image_over_and_over_is_warned_about(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.zeros(*shape))
-    load_network(SimpleNamespace(model="mobilenet_v3_small", quick=False, calibration=32, pretrained=False, seed=0))
-    assert "all images to calibrate with are the same" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (torch.randn(1, 3, 8, 8).repeat(32, 1, 1, 1), ["all images to calibrate with are the same"]),
+        (torch.randn(32, 3, 1, 1).repeat(1, 1, 8, 8), ["each image to calibrate with has one colour all over"]),
+        (torch.randn(1, 3, 8, 8), ["1 images to calibrate with are few"]),
+        (torch.randn(32, 3, 8, 8), []),
+    ],
+)
+def test_images_that_set_no_good_scales_are_warned_about(capsys, images, said):
+    quantize_setup.warn_about(images)
+    warnings = capsys.readouterr().out.splitlines()
+    assert len(warnings) == len(said) and all(part in line for part, line in zip(said, warnings, strict=True))
+
+
+def test_more_images_to_calibrate_with_than_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(quantize_setup, "available_memory", lambda: 100 * 2 * 4 * 3 * 224**2)
+    args = SimpleNamespace(model="mobilenet_v3_small", quick=False, calibration=101, pretrained=False, seed=0, load=None)
+    with pytest.raises(InputError, match="-calibration 101: there is memory for 100 images of 224 pixels"):
+        load_network(args)
+
+
+def test_a_single_image_to_calibrate_with_makes_a_graph_for_any_batch(network):
+    images = batches()[0]
+    graph = int8.quantize_network(network, [images[:1]])
+    with torch.inference_mode():
+        assert torch.equal(graph(images)[3:5], graph(images[3:5]))
+        assert graph(torch.zeros(5000, 3, 32, 32)).shape == (5000, 10)
+
+
+def test_a_graph_whose_sums_would_overflow_here_is_refused(graph, tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "has_vnni", lambda: True)
+    file = int8_file.save_graph(graph, batches()[0], tmp_path / "net.pt2")
+    monkeypatch.setattr(int8_file, "has_vnni", lambda: False)
+    with pytest.raises(InputError, match="has activations of 8 bits, for processors with VNNI: here their sums would overflow"):
+        int8_file.load_graph(file)
+    monkeypatch.setattr(int8_file, "has_vnni", lambda: True)
+    int8_file.load_graph(file)
 
 
 def test_an_untrained_vision_transformer_does_not_say_zero():
-    args = SimpleNamespace(model="vit_b_32", quick=True, calibration=32, pretrained=False, seed=0)
+    args = SimpleNamespace(model="vit_b_32", quick=True, calibration=32, pretrained=False, seed=0, load=None)
     network, calibration, _ = load_network(args)
     with torch.inference_mode():
         assert network(calibration[0][:1]).abs().max() > 0
@@ -536,14 +583,16 @@ def test_training_is_done_once_and_a_damaged_file_is_made_again(tmp_path, monkey
 
 
 def test_the_int8_of_this_very_network_is_taken_and_no_other(network, graph, tmp_path):
-    args = SimpleNamespace(load=int8.save_graph(graph, batches()[0], tmp_path / "net.pt2", training.fingerprint(network)), model="student")
+    args = SimpleNamespace(
+        load=int8_file.save_graph(graph, batches()[0], tmp_path / "net.pt2", training.fingerprint(network)), model="student"
+    )
     with torch.inference_mode():
         assert torch.equal(load_converted(args, network)(batches()[1]), graph(batches()[1]))
     other = copy.deepcopy(network)
     other.head.bias.data[0] += 1e-6  # as after one more step
     with pytest.raises(InputError, match="was made of another network or training than this student"):
         load_converted(args, other)
-    int8.save_graph(graph, batches()[0], args.load)  # it does not say of which
+    int8_file.save_graph(graph, batches()[0], args.load)  # it does not say of which
     with pytest.raises(InputError, match="was made of another network or training than this student"):
         load_converted(args, network)
 

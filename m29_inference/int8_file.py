@@ -1,0 +1,66 @@
+"""The file that an int8 network is kept in: its graph and its whole numbers, for any batch size, to be compiled where it is used."""
+
+import io
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from errors import InputError
+from m29_inference.int8 import activation_bits, export_network, has_vnni, import_quantizer, quiet
+from paths import DAMAGED, atomic_path, check_zip
+
+MADE_OF, BITS = "made_of", "activation_bits"  # the notes in it
+
+
+def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path, made_of: str = "") -> Path:
+    """Keep the int8 network itself, for any batch size, to be compiled where it is used. `made_of`: which float network it was."""
+    with quiet(), torch.no_grad(), atomic_path(file) as temporary:
+        exported = export_network(graph, images.repeat(2, 1, 1, 1))
+        exported.example_inputs = None  # they would go into the file
+        for node in exported.graph.nodes:
+            for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):  # where it came from
+                node.meta.pop(note, None)
+        content = io.BytesIO()  # torch's own writer does not say it when the disk is full
+        torch.export.save(exported, content, extra_files={MADE_OF: made_of, BITS: str(activation_bits())})
+        temporary.write_bytes(deflate_text(content).getbuffer())
+    return file
+
+
+def deflate_text(content: io.BytesIO) -> io.BytesIO:
+    """The same zip file with the graph's text compressed, which would be a quarter of a small network's; the weights stay as they are."""
+    smaller = io.BytesIO()
+    with zipfile.ZipFile(content) as old, zipfile.ZipFile(smaller, "w") as new:
+        for name in old.namelist():
+            entry = zipfile.ZipInfo(name)  # without the time, so that the same network is the same file
+            new.writestr(entry, old.read(name), zipfile.ZIP_DEFLATED if name.endswith(".json") else zipfile.ZIP_STORED)
+    return smaller
+
+
+def check_graph_file(file: Path) -> None:
+    """InputError where there is no such file, or a damaged one: to be called before minutes are spent on something else."""
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        check_zip(file)
+    except (*DAMAGED, struct.error) as error:
+        raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error
+
+
+def load_graph(file: Path) -> tuple[nn.Module, str]:
+    """What save_graph kept, and `made_of`; InputError where the file is none of its, or was made for other processors."""
+    import_quantizer()
+    check_graph_file(file)
+    notes = {MADE_OF: "", BITS: ""}
+    try:
+        with quiet():
+            graph = torch.export.load(file, extra_files=notes).module()
+    except Exception as error:  # json's and torch's own
+        raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error
+    if notes[BITS] == "8" and not has_vnni():
+        raise InputError(f"{file} has activations of 8 bits, for processors with VNNI: here their sums would overflow, convert it anew")
+    return graph, notes[MADE_OF]
