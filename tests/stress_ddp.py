@@ -133,7 +133,7 @@ def main(args) -> None:
     if args.exits:
         print(f"{args.exits} undisturbed runs: exit code 0 and the same parameters in all")
     if lost:
-        print(f"{len(lost)} killed runs: exit code 0 and the same parameters in all, at most {max(lost)} of {EVERY} steps done again")
+        print(f"{len(lost)} runs: exit code 0 and the same parameters in all, at most {max(lost)} of {EVERY} steps done again")
         print(f"killed {', '.join(f'{when}: {count}' for when, count in times.items())}")
 
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -236,17 +237,25 @@ def test_a_step_is_split_into_its_parts():
 
 @posix
 @pytest.mark.parametrize("script", ["ddp_train.py", "fsdp_train.py"])
-def test_sigterm_saves_and_one_process_may_go_on_to_the_same_bits(undisturbed, start_training, run_script, tmp_path, monkeypatch, script):
+def test_sigterm_saves_and_one_process_goes_on_and_then_two_to_the_same_bits(
+    undisturbed, start_training, run_script, tmp_path, monkeypatch, script
+):
     monkeypatch.setattr(sys.modules[__name__], "SCRIPT", f"m28_distributed_training/{script}")  # both end with the same bits
     process, _ = start_training(steps=STEPS)
     process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     stopped = int(re.search(rf"SIGTERM: stopped after step (\d+) of {STEPS}; -resume goes on from here", said)[1])
-    flags = [*FLAGS, "-checkpoint", tmp_path / "run.pt", "-resume", "-nproc", "1", "-accumulate", "2"]
-    done = run_script(SCRIPT, *flags, COURSE_RESULTS=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert f"resumed at step {stopped} " in done.stdout
+    process, _ = start_training("-resume", "-nproc", 1, "-accumulate", 2, steps=STEPS)
+    while (line := process.stdout.readline()) and "resumed" not in line:
+        pass
+    assert f"resumed at step {stopped} " in line
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    kept = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert kept["settings"]["world"] == 1 and stopped < kept["step"] < STEPS
+    done = run_script(SCRIPT, *FLAGS, "-checkpoint", tmp_path / "run.pt", "-resume", COURSE_RESULTS=str(tmp_path))
+    assert done.returncode == 0 and f"resumed at step {kept['step']} " in done.stdout, done.stderr
     assert parameters_of(done.stdout) == undisturbed["parameters_sha256"]
 
 
@@ -388,6 +397,12 @@ def test_ctrl_c_ends_all_processes_within_3_s(start_training, start_script, pres
         time.sleep(0.5)
     said = press_ctrl_c(process, within_s=3)
     assert "leaked semaphore" not in said
+
+
+@posix
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+def test_the_batch_file_of_a_cluster_is_bash():
+    subprocess.run(["bash", "-n", ROOT / "m28_distributed_training" / "slurm.sbatch"], check=True)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
