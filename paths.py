@@ -41,6 +41,13 @@ def check_writable(folder: Path) -> None:
         refuse_writing(folder, error)
 
 
+def check_file_place(flag: str, file: Path) -> None:
+    """InputError where the file that `flag` names could not be written: a folder, or a file in one that may not be written to."""
+    if file.is_dir():
+        raise InputError(f"{flag} {file} is a folder: give a file")
+    check_writable(file.parent)
+
+
 def refuse_writing(folder: Path, error: OSError) -> NoReturn:
     """Say in an InputError that nothing can be written into the folder, and which variable moves it; a full disk is raised as it is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -5,7 +5,6 @@ not change on the way. It is written beside the old one and moved over it, so th
 process of each machine writes one; on resuming, the newest of all machines is sent to everybody: a machine that was away catches up.
 """
 
-import os
 import pickle
 import struct
 import sys
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from common import positive_int
 from errors import InputError
 from m28_distributed_training.launch import local_rank
-from paths import atomic_path, check_zip
+from paths import atomic_path, check_file_place, check_zip
 
 FORMAT = "course-m28-checkpoint-1"
 EVERY = 20  # steps from one checkpoint to the next, where -every does not say it
@@ -34,14 +33,7 @@ def add_checkpoint_flags(parser) -> None:
 
 def check_file(file: Path, resume: bool) -> None:
     """Raise InputError before the training where no checkpoint could be written, or what is there would be lost."""
-    if file.is_dir():
-        raise InputError(f"-checkpoint {file} is a folder: give a file")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"-checkpoint {file}: its folder cannot be made ({error.strerror})") from error
-    if not os.access(file.parent, os.W_OK):
-        raise InputError(f"-checkpoint {file}: its folder may not be written to")
+    check_file_place("-checkpoint", file)
     if isinstance(found := read_checkpoint(file), str):
         raise InputError(found)
     if found and not resume:

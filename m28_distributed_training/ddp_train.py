@@ -4,7 +4,7 @@
     python m28_distributed_training/ddp_train.py -num_threads 1                      ... of one thread each
     python m28_distributed_training/ddp_train.py -num_threads 1 -nproc 1 -accumulate 2     one process, the same bits
     python m28_distributed_training/ddp_train.py -benchmark                          speed-up, all-reduce, bytes a step; a figure
-    python m28_distributed_training/ddp_train.py -checkpoint run.pt -resume -max_restarts 3     survives kill -9
+    python m28_distributed_training/ddp_train.py -checkpoint ddp.pt -resume -max_restarts 3     survives kill -9
     torchrun --nproc-per-node 2 m28_distributed_training/ddp_train.py                the same file as a job; several machines: README
 
 Every process holds the whole network and takes its share of each batch. The batch is fixed for the whole job (`-batch_size`) and cut
@@ -97,7 +97,7 @@ def train(args) -> None:
             return
     timed, seconds = max(0, steps - first - 1), time.perf_counter() - (clock or 0)
     correct = evaluate(network, data["test"], args)
-    row = {"processes": dist.get_world_size(), "steps": steps, "images_per_s": timed * args.batch_size / seconds, "loss": mean_loss}
+    row = {"processes": dist.get_world_size(), "steps": steps, "images_per_s": timed * args.batch_size / seconds or None, "loss": mean_loss}
     row |= {"accuracy": correct / len(data["test"]), "bytes_per_step": sent["bytes"] // max(1, steps - first)}
     report(args, data, network, row)
 
@@ -232,9 +232,9 @@ if __name__ == "__main__":
     args = parse(parser)
     if idle := [f"-{name}" for name in UNUSED if args.benchmark and getattr(args, name) != parser.get_default(name)]:
         parser.error(f"argument {', '.join(idle)}: has no effect with -benchmark")
-    check(args)
     if args.benchmark and under_torchrun():
         raise InputError("-benchmark starts its processes itself: run it without torchrun")
+    check(args)
     if args.benchmark:
         from m28_distributed_training.ddp_benchmark import benchmark  # which imports this file
 

@@ -2,7 +2,7 @@
 
     python m28_distributed_training/fsdp_train.py                              memory a process beside DDP's, the same parameters
     python m28_distributed_training/fsdp_train.py -widths 64 128 512           a network of 3.2 M parameters
-    python m28_distributed_training/fsdp_train.py -checkpoint run.pt -resume -max_restarts 3     survives kill -9; not beside DDP then
+    python m28_distributed_training/fsdp_train.py -checkpoint fsdp.pt -resume -max_restarts 3    survives kill -9; not beside DDP then
     torchrun --nproc-per-node 2 m28_distributed_training/fsdp_train.py
 
 With DDP every process keeps all parameters, all gradients and all of the optimizer's state. Here each keeps 1 / N of the three. Before
@@ -106,7 +106,7 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
             return None
-    held, seconds = held or held_bytes(model, optimizer, sent), seconds or [float("inf")]  # where a finished run was resumed
+    held, seconds = held or held_bytes(model, optimizer, sent), seconds or [None]  # where a finished run was resumed
     moved = {"sent_mb": sent.by_ring(dist.get_world_size()) / 1e6 or None, "formula_mb": formula(args, P, shard) / 1e6}
     return {"held": held, **moved, "seconds": statistics.median(seconds), "parameters": full_parameters(model), "loss": mean_loss}
 
@@ -176,8 +176,8 @@ def report(args, data: dict, sharded: dict, whole: dict | None) -> None:
         correct = evaluate(network, data["test"], args)
         held = {f"{key}_mb": count / 1e6 for key, count in run["held"].items()}
         row = {"variant": name, "processes": world, **held, "held_mb": sum(held.values()), "sent_mb": run["sent_mb"]}
-        row["formula_mb"] = run["formula_mb"]
-        row |= {"images_per_s": args.batch_size / run["seconds"], "loss": run["loss"], "accuracy": correct / len(data["test"])}
+        row |= {"formula_mb": run["formula_mb"], "images_per_s": run["seconds"] and args.batch_size / run["seconds"]}
+        row |= {"loss": run["loss"], "accuracy": correct / len(data["test"])}
         rows.append(row | {"parameters_sha256": fingerprint(network)})
     if dist.get_rank():
         return

@@ -41,7 +41,7 @@ def add_launch_flags(parser) -> None:
     """The flags that say how many processes there are and how long they wait for each other."""
     parser._option_string_actions["-num_threads"].help = "threads of each process (default: usable cores / processes)"
     parser.add_argument(
-        "-nproc", type=positive_int, help="processes on this machine, without torchrun (default: 2, where nccl is used one for each GPU)"
+        "-nproc", type=positive_int, help="processes on this machine, without torchrun (default: 2, with nccl at most one for each GPU)"
     )
     parser.add_argument(
         "-max_restarts", type=non_negative_int, default=0, help="start all again, from the checkpoint, when one dies (default: 0)"
@@ -67,7 +67,6 @@ def check(args) -> None:
     if world_size(args) > MANY:
         load_cifar10(args.data, args.batch_size)
     args.every = args.every or EVERY
-    args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # as -max_restarts does without torchrun
     if args.checkpoint:
         check_file(args.checkpoint, args.resume)
 
@@ -77,6 +76,8 @@ def refuse_idle(args) -> None:
     if under_torchrun() and (args.nproc or args.max_restarts):
         given = "-nproc" if args.nproc else "-max_restarts"
         raise InputError(f"{given} is not looked at under torchrun: give torchrun --nproc-per-node and --max-restarts instead")
+    if args.checkpoint and not args.resume and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise InputError("-checkpoint without -resume under torchrun --max-restarts: it starts with the same flags again, so give -resume")
     for flag in ("max_restarts", "resume", "every"):
         if getattr(args, flag) and not args.checkpoint:
             raise InputError(f"-{flag} is about a checkpoint: give -checkpoint FILE, too")

@@ -57,11 +57,11 @@ def build(name: str, pretrained: bool, device: torch.device, others: tuple[str, 
             options = {} if pretrained else AS_PUBLISHED.get(name, {})
             model = torchvision.models.get_model(name, weights=weights if pretrained else None, **options)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # urllib's are of the first kind; the others: a damaged file
+        if not pretrained:
+            raise
         reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        place = f"{torch.hub.get_dir()}/checkpoints"
-        raise InputError(
-            f"-pretrained: the weights of {name} cannot be fetched or read ({reason}): leave the flag out, or clear {place}"
-        ) from error
+        clear = "" if isinstance(error, OSError) else f", or clear {torch.hub.get_dir()}/checkpoints"
+        raise InputError(f"-pretrained: the weights of {name} cannot be fetched or read ({reason}): leave the flag out{clear}") from error
     return model.eval().to(device), weights
 
 
@@ -229,6 +229,8 @@ def main(args) -> list[dict]:
     rows = [row | {"of_ceiling": row["gmacs_per_s"] / rates[best]} for row in rows]
     print_table([{key: row[key] for key in (*timed, "of_ceiling")} for row in rows])
     known = [row for row in firsts if row["accuracy_published"]]
+    if unknown := [row["model"] for row in firsts if not row["accuracy_published"]]:
+        print(f"at this resolution no accuracy is published for {', '.join(unknown)}: left out of what follows")
     print(advise(known, args.budget_ms))
     if known:
         save_figure(plot_accuracy(known), __file__, "accuracy", args, "5 repeats, accuracy as published by torchvision")

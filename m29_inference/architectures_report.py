@@ -57,11 +57,12 @@ def plot_rates(rows: list[dict], what: str, ceiling: float) -> plt.Figure:
 def advise(rows: list[dict], budget_ms: float) -> str:
     """Which network to take for a latency budget, and why; `rows` are those whose accuracy is published."""
     if not rows:
-        return "At this resolution no accuracy is published: these are latencies, and what to weigh them against must be measured."
+        return "So there is nothing to weigh the latencies against: measure the accuracy. No picture of it was drawn."
     fitting = [row for row in rows if row["latency_ms"] <= budget_ms]
     if not fitting:
         fastest = min(rows, key=lambda row: row["latency_ms"])
-        return f"No network here needs at most {budget_ms:g} ms; the fastest, {fastest['model']}, takes {fastest['latency_ms']:.1f} ms."
+        none = f"None of {len(rows)} networks needs at most {budget_ms:g} ms"
+        return f"{none}; the fastest, {fastest['model']}, takes {fastest['latency_ms']:.1f} ms."
     best = max(fitting, key=lambda row: row["accuracy_published"])
     text = (
         f"For {budget_ms:g} ms take {best['model']}: {best['accuracy_published']:.1%} published accuracy in {best['latency_ms']:.1f} ms, "
@@ -71,4 +72,4 @@ def advise(rows: list[dict], budget_ms: float) -> str:
         return (
             text + f"the best of {len(fitting)} that fit; {next_one['model']} is more accurate and needs {next_one['latency_ms']:.1f} ms."
         )
-    return text + "the most accurate of all, and it fits."
+    return text + f"the most accurate of {len(rows)}, and it fits."

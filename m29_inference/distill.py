@@ -75,18 +75,18 @@ def mixed_loss(logits, labels, indices, epoch, views: dict[int, torch.Tensor], a
     return args.alpha * soft(logits, teacher, args.temperature) + (1 - args.alpha) * hard
 
 
-LOSS_CODE = [inspect.getsource(part) for part in (mixed_loss, distillation_loss)]  # another loss is another training; read now, as RECIPE
+# Another loss is another training; read now, as RECIPE is.
+LOSS_CODE = [inspect.getsource(part) for part in (mixed_loss, distillation_loss)]
+DISTILLATION_CODE = inspect.getsource(distillation_loss)
 
 
 # ---- teacher and students --------------------------------------------------------------------------------------------
 
 
-def train_student(
-    args, data: dict[str, Images], seed: int, epochs: int | None, views: dict | None, key: str, soft=distillation_loss, code: str = ""
-) -> tuple[nn.Module, list[dict]]:
+def train_student(args, data, seed, epochs, views, key, soft=distillation_loss, code=DISTILLATION_CODE) -> tuple[nn.Module, list[dict]]:
     """A student from the first weights of `seed`, distilled where there are views, else alone; the network and a row an epoch.
 
-    `code` is that of `soft`, where it is another loss.
+    `views`: the teacher's logits by view, and `key` says of which teacher; `soft`: the loss on both's logits, and `code` is its source.
     """
     print(f"student {f'distilled at T = {args.temperature:g}, alpha = {args.alpha:g}' if views else 'alone'}, seed {seed}", flush=True)
     network = new_network(args.widths, data["train"], seed)

@@ -5,6 +5,7 @@ questions about logits alone: is it 0 where student and teacher say the same? Wh
 gradient, with no network between? And how large is its gradient, against that of the labels' cross-entropy, which alpha weighs it with?
 """
 
+import inspect
 import sys
 import warnings
 from functools import partial
@@ -23,7 +24,6 @@ from m29_inference.distill import distillation_loss, train_student, views_of
 from m29_inference.distill_report import ALONE
 from m29_inference.teacher import Teacher, cache_folder, cached_logits
 
-CODE = Path(__file__).read_text()  # read now, for the file may be edited while a training runs
 EPOCHS = 4  # of the students, where -epochs does not say it
 FOLLOWED, STEP = 3000, 100.0  # steps down the gradient, and how far each goes
 
@@ -60,6 +60,7 @@ LOSSES = {
     "swapped": swapped,
     "logits as classes": logits_as_classes,
 }
+CODE = {loss: inspect.getsource(loss) for loss in LOSSES.values()}  # read now, for the file may be edited while a training runs
 
 
 # ---- asked about logits alone ----------------------------------------------------------------------------------------
@@ -96,8 +97,7 @@ def compare_losses(args, data: dict[str, Images], teacher: Teacher, epochs: int 
     untrained = torch.randn(some.shape, generator=torch.Generator().manual_seed(args.seed))
     for name, soft in list(LOSSES.items())[: 2 if args.quick else None]:
         asked = question(partial(soft, temperature=args.temperature), untrained, some, data["train"].labels[:256])
-        code = CODE if soft is not distillation_loss else ""
-        reaches = reached(args, data, seed, epochs, views, key, soft, code)
+        reaches = reached(args, data, seed, epochs, views, key, soft, CODE[soft])
         table.append({"loss": name, **asked, "accuracy": reaches, "epochs": epochs})
     print_table(table)
     print(f"one seed, T = {args.temperature:g}, alpha = {args.alpha:g}; followed: after {FOLLOWED:,} steps of the logits down the gradient")

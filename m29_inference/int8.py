@@ -120,7 +120,8 @@ def export_network(network: nn.Module, images: torch.Tensor, any_batch: bool = T
     """The graph of `network` in eval mode; InputError where it cannot be recorded."""
     try:
         # strict: the graph of a residual network that the default mode records cannot be quantized
-        return torch.export.export(network, (images,), strict=True, dynamic_shapes=ANY_BATCH if any_batch else None)
+        example = (images.repeat(2, 1, 1, 1) if any_batch else images,)  # of a single image it would conclude that there is always one
+        return torch.export.export(network, example, strict=True, dynamic_shapes=ANY_BATCH if any_batch else None)
     except Exception as error:  # of torch.export's many kinds
         name = type(network).__name__
         raise InputError(f"{name} cannot be exported as one graph, so it cannot be quantized this way ({first_line(error)})") from error
@@ -134,8 +135,7 @@ def quantize_network(network: nn.Module, calibration: list[torch.Tensor], keep_f
     recipe = int8_recipe(keep_float)
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    example = calibration[0].repeat(2, 1, 1, 1)  # of a single image torch.export would conclude that there is always one
-    exported = export_network(copy.deepcopy(network).eval(), example)
+    exported = export_network(copy.deepcopy(network).eval(), calibration[0])
     try:
         with quiet(), torch.no_grad():
             observed = prepare_pt2e(exported.module(), recipe)

@@ -20,7 +20,7 @@ MADE_OF, BITS = "made_of", "activation_bits"  # the notes in it
 def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path, made_of: str = "") -> Path:
     """Keep the int8 network itself, for any batch size, to be compiled where it is used. `made_of`: which float network it was."""
     with quiet(), torch.no_grad(), atomic_path(file) as temporary:
-        exported = export_network(graph, images.repeat(2, 1, 1, 1))
+        exported = export_network(graph, images)
         exported.example_inputs = None  # they would go into the file
         for node in exported.graph.nodes:
             for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):  # where it came from
@@ -42,25 +42,27 @@ def deflate_text(content: io.BytesIO) -> io.BytesIO:
 
 
 def check_graph_file(file: Path) -> None:
-    """InputError where there is no such file, or a damaged one: to be called before minutes are spent on something else."""
+    """InputError where there is no such file, a damaged one, or one for other processors: to be called before minutes are spent."""
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file")
     try:
         check_zip(file)
+        with zipfile.ZipFile(file) as parts:
+            [bits] = [parts.read(name) for name in parts.namelist() if name.endswith(f"/{BITS}")]
     except (*DAMAGED, struct.error) as error:
         raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error
+    if bits == b"8" and not has_vnni():
+        raise InputError(f"{file} has activations of 8 bits, for processors with VNNI: here their sums would overflow, convert it anew")
 
 
 def load_graph(file: Path) -> tuple[nn.Module, str]:
-    """What save_graph kept, and `made_of`; InputError where the file is none of its, or was made for other processors."""
+    """What save_graph kept, and `made_of`; InputError as of check_graph_file."""
     import_quantizer()
     check_graph_file(file)
-    notes = {MADE_OF: "", BITS: ""}
+    notes = {MADE_OF: ""}
     try:
         with quiet():
             graph = torch.export.load(file, extra_files=notes).module()
     except Exception as error:  # json's and torch's own
         raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error
-    if notes[BITS] == "8" and not has_vnni():
-        raise InputError(f"{file} has activations of 8 bits, for processors with VNNI: here their sums would overflow, convert it anew")
     return graph, notes[MADE_OF]

@@ -215,11 +215,11 @@ if __name__ == "__main__":
     args = parse(parser)
     if args.epochs and not (args.accuracy or args.structured):
         parser.error("argument -epochs: of fine-tuning, so it has no effect without -accuracy or -structured")
-    run, part = main, args.accuracy or args.formats or args.structured
-    if part and args.amount is not None:
+    run, measures = main, args.accuracy or args.formats or args.structured
+    if measures and args.amount is not None:
         parser.error("argument -amount: of the exercises step by step, so it has no effect with -accuracy, -formats or -structured")
     args.amount = AMOUNT if args.amount is None else args.amount
-    if part:
+    if measures:
         from m29_inference import prune_accuracy, prune_formats, prune_structured  # which import this file
 
         module = prune_accuracy if args.accuracy else prune_formats if args.formats else prune_structured

@@ -204,6 +204,8 @@ def refuse_idle_flags(parser, args) -> None:
         parser.error(f"argument {flags}: about one tensor, so it has no effect with -model")
     if given:
         parser.error(f"argument {flags}: about a whole network: give -model, too")
+    if args.save and args.load:
+        parser.error("argument -save: with -load it would only copy the file")
     if args.model not in (None, "student") and args.data:
         parser.error(f"argument -data: images for the student, so it has no effect with -model {args.model}")
     if args.model == "student" and args.pretrained:

@@ -38,11 +38,11 @@ from m29_inference.quantize_cost import NOT_COMPILED, InBfloat16, compare_accura
 from m29_inference.quantize_linear import dynamic_int8, with_plain_attention
 from m29_inference.quantize_peers import convert_for_peers, load_peers
 from m29_inference.quantize_report import plot_speed, say
-from m29_inference.quantize_setup import check_place, load_converted, load_network, say_what_is_missing
+from m29_inference.quantize_setup import BATCH_SIZES, load_converted, load_network, say_what_is_missing
 from m29_inference.training import CPU, fast_format
+from paths import check_file_place
 
 REPEATS = 9
-BATCH_SIZES = [1, 32]  # where -batch_sizes does not say it
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def compare(args) -> list[dict]:
     if args.load:
         check_graph_file(args.load)
     if args.save:
-        check_place(args.save)
+        check_file_place("-save", args.save)
     network, calibration, data = load_network(args)
     say_what_is_missing()
     images = sum(len(batch) for batch in calibration)

@@ -34,8 +34,7 @@ from m29_inference.int8 import (
 )
 from m29_inference.macs import gmacs_by_layer
 from m29_inference.quantize_linear import with_plain_attention
-from m29_inference.quantize_model import BATCH_SIZES
-from m29_inference.quantize_setup import load_network, say_seven_bits
+from m29_inference.quantize_setup import BATCH_SIZES, load_network, say_seven_bits
 from m29_inference.training import CPU
 
 REPEATS = 15

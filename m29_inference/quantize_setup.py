@@ -15,9 +15,8 @@ from m29_inference.int8_file import load_graph
 from m29_inference.student import student_and_data
 from m29_inference.training import CPU, fast_format, fingerprint
 from machine import available_memory
-from paths import check_writable
 
-CALIBRATION = 320  # images, where -calibration does not say it
+BATCH_SIZES, CALIBRATION = [1, 32], 320  # where no flag says it
 
 
 def load_network(args) -> tuple[nn.Module, list[torch.Tensor], dict | None]:
@@ -35,7 +34,8 @@ def load_network(args) -> tuple[nn.Module, list[torch.Tensor], dict | None]:
         resolution = published_resolution(weights)
         check_memory(n, resolution)
         images = torch.randn(n, 3, resolution, resolution, generator=torch.Generator().manual_seed(args.seed))
-        print(f"{args.model} is calibrated with random numbers: its latencies are right, its scales would not be for photographs")
+        if not args.load:
+            print(f"{args.model} is calibrated with random numbers: its latencies are right, its scales would not be for photographs")
     if not args.load:
         warn_about(images)
     return network, list(images.split(32)), data
@@ -51,7 +51,7 @@ def check_memory(n: int, resolution: int) -> None:
 def warn_about(images: torch.Tensor) -> None:
     """Say what is wrong with images to calibrate with, (n, 3, height, width): too few, all the same, of one colour each."""
     if len(images) < 32:
-        print(f"warning: {len(images)} images to calibrate with are few: the ranges of rarer values are missed; {CALIBRATION} are usual")
+        print(f"warning: few images to calibrate with ({len(images)}): the ranges of rarer values are missed; {CALIBRATION} are usual")
     if len(images) > 1 and (images.amax(0) - images.amin(0)).max() < 1e-6:
         print("warning: all images to calibrate with are the same: the scales fit this one image, not others")
     if (images.amax((2, 3)) - images.amin((2, 3))).max() < 1e-6:
@@ -64,13 +64,6 @@ def load_converted(args, network: nn.Module) -> nn.Module:
     if made_of != fingerprint(network):
         raise InputError(f"{args.load} was made of another network or training than this {args.model}: leave -load out to convert it")
     return int8
-
-
-def check_place(file: Path) -> None:
-    """InputError where -save could not write, before minutes are spent."""
-    if file.is_dir():
-        raise InputError(f"-save {file} is a folder: give a file")
-    check_writable(file.parent)
 
 
 def say_what_is_missing() -> None:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,11 +82,11 @@ def test_the_front_and_the_advice():
     assert [row["model"] for row in architectures_report.pareto(rows)] == ["fast", "slow"]
     said = {budget: architectures_report.advise(rows, budget) for budget in (30, 60)}
     assert "take fast" in said[30] and "slow is more accurate and needs 50.0 ms" in said[30]
-    assert "take slow" in said[60] and "the most accurate of all" in said[60]
-    assert architectures_report.advise(rows, 5).startswith("No network here needs at most 5 ms; the fastest, fast")
+    assert "take slow" in said[60] and "the most accurate of 3, and it fits" in said[60]
+    assert architectures_report.advise(rows, 5).startswith("None of 3 networks needs at most 5 ms; the fastest, fast")
     nearest = [{"model": "slower", "latency_ms": 90.0, "accuracy_published": 0.9}, *rows]
     assert "slow is more accurate and needs 50.0 ms" in architectures_report.advise(nearest, 30)
-    assert "no accuracy is published" in architectures_report.advise([], 30)
+    assert "nothing to weigh the latencies against" in architectures_report.advise([], 30)
 
 
 def test_a_rate_is_drawn_on_its_line_at_any_batch():
@@ -137,9 +138,11 @@ def test_weights_that_cannot_be_fetched_are_said(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
-    said = re.escape(str(error) or "EOFError")
-    with pytest.raises(InputError, match=rf"the weights of resnet18 cannot be fetched or read .{said}.: leave the flag out, or clear"):
+    said, clear = re.escape(str(error) or "EOFError"), "$" if isinstance(error, OSError) else ", or clear "
+    with pytest.raises(InputError, match=rf"the weights of resnet18 cannot be fetched or read .{said}.: leave the flag out{clear}"):
         architectures.build("resnet18", True, CPU)
+    with pytest.raises(type(error)):  # without -pretrained nothing was fetched
+        architectures.build("resnet18", False, CPU)
 
 
 def test_the_run_of_a_learner(run_script, results):
@@ -150,6 +153,15 @@ def test_the_run_of_a_learner(run_script, results):
     keys = {"model", "parameters", "gmacs", "gmacs_published", "batch", "latency_ms", "images_per_s", "accuracy_published", "of_ceiling"}
     assert [row["model"] for row in rows] == ["mobilenet_v3_large", "resnet18"] and keys <= set(rows[0])
     assert all((results / f"architectures_{name}.png").exists() for name in ("accuracy", "rates"))
+
+
+def test_without_a_published_accuracy_there_is_no_picture_of_it(monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(architectures, "save_figure", lambda figure, file, name, *_: drawn.append(name))
+    args = {"models": ["mobilenet_v3_small"], "resolution": 64, "batch_sizes": [1, 1], "budget_ms": 50.0, "quick": True}
+    rows = architectures.main(SimpleNamespace(**args, device=CPU, pretrained=False))
+    assert drawn == ["rates"] and len(rows) == 1 and rows[0]["accuracy_published"] is None
+    assert "no accuracy is published for mobilenet_v3_small: left out" in capsys.readouterr().out
 
 
 def test_a_wrong_name_ends_the_run(check_refusals):

@@ -264,10 +264,10 @@ def test_the_run_of_a_learner(run_script, results, tmp_path):
     assert abs(rows["int8"]["accuracy"] - rows["eager"]["accuracy"]) < 0.05
     assert (results / "quantize_speed.png").exists()
 
-    nowhere = run_script(SCRIPT, "-model", "student", "-quick", "-load", kept, CXX="no-such-compiler")
+    nowhere = run_script(SCRIPT, "-model", "student", "-quick", "-load", kept, "-num_threads", "2", CXX="no-such-compiler")
     assert nowhere.returncode == 0 and "There is no C++ compiler here (no-such-compiler)" in nowhere.stdout, nowhere.stderr
     again = {row["variant"]: row for row in json.loads((results / "quantize.json").read_text())["rows"]}
-    assert set(again) == {"eager", "channels_last", "int8, not compiled"}
+    assert set(again) == {"eager", "channels_last", "int8, not compiled"} and all(row["threads"] == 2 for row in again.values())
     assert again["int8, not compiled"]["accuracy"] == pytest.approx(rows["int8"]["accuracy"], abs=0.01)
     assert again["int8, not compiled"]["relative_difference"] == pytest.approx(rows["int8"]["relative_difference"], rel=0.2)
 
@@ -467,6 +467,7 @@ def test_bad_input_is_said(check_refusals, tmp_path):
         ("-model", "mobilenet_v3_small", "-quick", "-load", "nowhere.pt2"): (1, "nowhere.pt2: no such file"),
         ("-model", "mobilenet_v3_small", "-quick", "-load", str(damaged)): (1, "damaged.pt2 is damaged, or not a network"),
         ("-model", "mobilenet_v3_small", "-quick", "-save", str(tmp_path)): (1, "is a folder: give a file"),
+        ("-model", "student", "-load", "a.pt2", "-save", "b.pt2"): (2, "argument -save: with -load it would only copy the file"),
         ("-layers",): (2, "give -model, too"),
         ("-model", "student", "-layers", "-profile"): (2, "argument -profile: not allowed with argument -layers"),
         ("-model", "student", "-profile", "-save", "net.pt2"): (2, "argument -save: has no effect with -profile"),
@@ -511,7 +512,7 @@ def test_what_the_processor_lacks_is_said_and_left_out(network, graph, monkeypat
     assert ("compiled bfloat16" in find_variants(network, graph, quick=False)) is capable
 
 
-@pytest.mark.parametrize(("images", "said"), [(8, "8 images to calibrate with are few"), (64, "")])
+@pytest.mark.parametrize(("images", "said"), [(8, "few images to calibrate with (8)"), (64, "")])
 def test_too_few_images_to_calibrate_with_are_warned_about(images, said, capsys):
     args = SimpleNamespace(model="mobilenet_v3_small", quick=False, calibration=images, pretrained=False, seed=0, load=None)
     network, calibration, data = load_network(args)
@@ -525,7 +526,7 @@ def test_too_few_images_to_calibrate_with_are_warned_about(images, said, capsys)
     [
         (torch.randn(1, 3, 8, 8).repeat(32, 1, 1, 1), ["all images to calibrate with are the same"]),
         (torch.randn(32, 3, 1, 1).repeat(1, 1, 8, 8), ["each image to calibrate with has one colour all over"]),
-        (torch.randn(1, 3, 8, 8), ["1 images to calibrate with are few"]),
+        (torch.randn(1, 3, 8, 8), ["few images to calibrate with (1)"]),
         (torch.randn(32, 3, 8, 8), []),
     ],
 )
