@@ -60,10 +60,10 @@ def start_script():
         process.communicate()
 
 
-def run_as_main(script: str, flags: tuple, environment: dict, said: Path) -> None:
-    """In a process of its own: run the script as `python script flags` would, its messages going to the file `said`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT, 0o600), 2)
+def run_as_main(script: str, flags: tuple, environment: dict, printed: Path, said: Path) -> None:
+    """In a process of its own: run the script as `python script flags` would; its output goes to two files."""
+    for stream, file in enumerate((printed, said), start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), stream)
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [script, *flags]
@@ -84,19 +84,47 @@ def processes():
 
 
 @pytest.fixture
-def check_refusals(processes, tmp_path):
+def start_in_fork(processes, tmp_path_factory):
+    """As start_script, without the seconds that importing PyTorch takes; each script also has a test that runs it as a learner would."""
+    started = []
+
+    def start(script: str, *flags, **environment) -> multiprocessing.Process:
+        folder = tmp_path_factory.mktemp("run")
+        printed, said = folder / "stdout", folder / "stderr"
+        process = processes.Process(target=run_as_main, args=(script, tuple(map(str, flags)), environment, printed, said))
+        process.start()
+        started.append(process)
+        process.output = lambda: tuple(file.read_text() if file.exists() else "" for file in (printed, said))
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def run_in_fork(start_in_fork):
+    """As run_script, by start_in_fork."""
+
+    def run(script: str, *flags, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
+        process = start_in_fork(script, *flags, **environment)
+        process.join(timeout)
+        return subprocess.CompletedProcess(flags, process.exitcode, *process.output())
+
+    return run
+
+
+@pytest.fixture
+def check_refusals(start_in_fork):
     """check_refusals(script, {flags: (exit code, part of what is said)}): all side by side."""
 
     def check(script: str, cases: dict[tuple, tuple[int, str]], **environment) -> None:
-        runs = []
-        for number, flags in enumerate(cases):
-            runs.append(processes.Process(target=run_as_main, args=(script, flags, environment, tmp_path / f"said{number}")))
-            runs[-1].start()
-        for number, (flags, (code, said)) in enumerate(cases.items()):
-            runs[number].join(120)
-            runs[number].kill()  # one that hangs
-            error = (tmp_path / f"said{number}").read_text()
-            assert runs[number].exitcode == code and said in error and "Traceback" not in error, (flags, error)
+        runs = [start_in_fork(script, *flags, **environment) for flags in cases]
+        for run, (flags, (code, said)) in zip(runs, cases.items(), strict=True):
+            run.join(120)
+            _, error = run.output()
+            assert run.exitcode == code and said in error and "Traceback" not in error, (flags, error)
             assert error.count("\n") == 1 or code != 2, error
 
     return check

@@ -226,15 +226,15 @@ def test_a_file_of_other_widths_or_with_a_flipped_bit_is_not_taken_even_in_part(
         assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
-def test_kill_9_and_again(start_script, run_script, results, tmp_path, monkeypatch):
+def test_kill_9_and_again(start_in_fork, run_script, results, tmp_path, monkeypatch):
     flags = ("-quick", "-widths", "8", "8", "8", "-num_threads", "1", "-data", str(cifar10_sample()))
     place = {"COURSE_DATA": str(tmp_path / "killed")}
-    process, folder = start_script("m29_inference/student.py", *flags, **place), tmp_path / "killed" / "students"
+    process, folder = start_in_fork("m29_inference/student.py", *flags, **place), tmp_path / "killed" / "students"
     while not list(folder.glob("[!.]*.pt")):  # nor the one that is being written
-        assert process.poll() is None
+        assert process.is_alive(), process.output()
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     done = run_script("m29_inference/student.py", *flags, **place)
     assert done.returncode == 0 and "trained before" in done.stdout, done.stderr
     *rows, speed = json.loads((results / "student.json").read_text())["rows"]
@@ -327,7 +327,7 @@ def test_on_a_full_disk_the_logits_that_are_kept_stay_kept(counted, monkeypatch,
     assert "error: the disk is full (" in capsys.readouterr().err
     kept = list(teachers.cache_folder(teacher, data).iterdir())
     assert kept and all("view+000" in file.name for file in kept)
-    monkeypatch.undo()
+    monkeypatch.setattr(np, "savez", whole)
     teacher.asked = 0
     cached_logits(teacher, data, [0, 1])
     assert teacher.asked == 50  # the second view's
@@ -467,14 +467,14 @@ def test_without_network_an_id_of_the_hub_is_refused_within_two_seconds(tiny_vit
     assert len(unknown) == 2
 
 
-def test_the_run_with_it_and_its_refusal(run_script, check_refusals, results, tiny_vit):
+def test_the_run_with_it_and_its_refusal(run_in_fork, check_refusals, results, tiny_vit):
     check_refusals(SCRIPT, {("-quick", "-teacher", str(tiny_vit)): (1, "less than -min_teacher_accuracy 0.6")})
     flags = ("-quick", "-teacher", tiny_vit, "-min_teacher_accuracy", "0", "-epochs", "1", "-limit", "600")
     share = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / SCRIPT, *flags]
     done = subprocess.run(share, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     kept = {file: file.stat().st_mtime_ns for file in DATA.glob("teacher_logits/*/*.npz")}
-    done = run_script(SCRIPT, *flags)
+    done = run_in_fork(SCRIPT, *flags)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert kept and kept == {file: file.stat().st_mtime_ns for file in DATA.glob("teacher_logits/*/*.npz")}
     rows = json.loads((results / "distill.json").read_text())["rows"]
@@ -548,18 +548,18 @@ def test_wrong_losses_are_told_by_their_values():
     assert unbounded["followed"] < -100 and unbounded["followed"] < unbounded["at_equal"]
 
 
-def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(start_script, run_script, results, tmp_path, monkeypatch):
+def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(start_in_fork, run_in_fork, results, tmp_path, monkeypatch):
     killed, whole, data = tmp_path / "killed", tmp_path / "whole", str(cifar10_sample())
     flags = {"epochs": 2, "teacher_epochs": 1, "min_teacher_accuracy": 0.0, "limit": 1024, "data": data}
     words = ["-quick", "-num_threads", "1", *(word for flag, value in flags.items() for word in (f"-{flag}", str(value)))]
     for pattern, count in {"teacher_logits/*/*.npz": 1, "students/*.pt": 3}.items():  # the teacher, a student alone, one distilled
-        process = start_script(SCRIPT, *words, COURSE_DATA=str(killed))
+        process = start_in_fork(SCRIPT, *words, COURSE_DATA=str(killed))
         while len([file for file in killed.glob(pattern) if not file.name.startswith(".")]) < count:  # those are being written
-            assert process.poll() is None, process.communicate()
+            assert process.is_alive(), process.output()
             time.sleep(0.01)
         process.kill()
-        process.wait()
-    done = run_script(SCRIPT, *words, COURSE_DATA=str(killed))
+        process.join()
+    done = run_in_fork(SCRIPT, *words, COURSE_DATA=str(killed))
     assert done.returncode == 0 and "trained before" in done.stdout, done.stderr
     rows = json.loads((results / "distill.json").read_text())["rows"]
 

@@ -269,8 +269,8 @@ def test_break_even_lies_between_two_sizes():
 # ---- the runs of a learner -------------------------------------------------------------------------------------------
 
 
-def run(run_script, results, *flags) -> tuple[str, list[dict]]:
-    done = run_script(SCRIPT, "-quick", *flags)
+def run(run_the_script, results, *flags) -> tuple[str, list[dict]]:
+    done = run_the_script(SCRIPT, "-quick", *flags)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return done.stdout, json.loads((results / "prune.json").read_text())["rows"]
 
@@ -284,16 +284,16 @@ def test_the_exercises_in_order(run_script, results):
     assert rows[2]["accuracy"] == rows[3]["accuracy"] and rows[2]["sparsity"] == rows[3]["sparsity"] == pytest.approx(0.3, abs=1e-4)
 
 
-def test_accuracy_over_sparsity(run_script, results):
-    said, rows = run(run_script, results, "-accuracy", "-epochs", "1")
+def test_accuracy_over_sparsity(run_in_fork, results):
+    said, rows = run(run_in_fork, results, "-accuracy", "-epochs", "1")
     assert all(set(row) == {"method", "sparsity", "accuracy", "accuracy_tuned"} for row in rows)
     assert [row["method"] for row in rows] == ["unpruned", "one-shot", "iterative"]
     assert all(row["sparsity"] == pytest.approx(0.8, abs=1e-3) for row in rows[1:])
     assert "of the unpruned network after the same fine-tuning" in said and (results / "prune_accuracy.png").exists()
 
 
-def test_formats(run_script, results):
-    said, rows = run(run_script, results, "-formats")
+def test_formats(run_in_fork, results):
+    said, rows = run(run_in_fork, results, "-formats")
     assert "bitmask: smaller than the dense file from" in said and "x no zeros (" in said and "x dense (" in said
     masked = next(row["size_mb"] for row in rows if row["format"] == "masked")
     dense = next(row["size_mb"] for row in rows if row["format"] == "dense")
@@ -301,8 +301,8 @@ def test_formats(run_script, results):
     assert {row["layer"] for row in rows if "layer" in row} == {"student", "linear 512x512"}
 
 
-def test_whole_channels(run_script, results):
-    said, rows = run(run_script, results, "-structured", "-epochs", "1")
+def test_whole_channels(run_in_fork, results):
+    said, rows = run(run_in_fork, results, "-structured", "-epochs", "1")
     assert "half of stages.0.conv1's channels cut out: the logits differ by " in said
     assert [row["macs_left"] <= 0.5 for row in rows if row["method"] == "structured"] == [False, False, True, True]
     assert len([row for row in rows if row["method"] == "half of one layer"]) == 6

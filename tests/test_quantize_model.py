@@ -249,7 +249,7 @@ def test_without_torchao_a_sentence_says_what_to_install(monkeypatch):
 
 
 @needs_compiler
-def test_the_run_of_a_learner(run_script, results, tmp_path):
+def test_the_run_of_a_learner(run_script, run_in_fork, results, tmp_path):
     kept = tmp_path / "student.pt2"
     done = run_script(SCRIPT, "-model", "student", "-quick", "-save", kept, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -264,7 +264,7 @@ def test_the_run_of_a_learner(run_script, results, tmp_path):
     assert abs(rows["int8"]["accuracy"] - rows["eager"]["accuracy"]) < 0.05
     assert (results / "quantize_speed.png").exists()
 
-    nowhere = run_script(SCRIPT, "-model", "student", "-quick", "-load", kept, "-num_threads", "2", CXX="no-such-compiler")
+    nowhere = run_in_fork(SCRIPT, "-model", "student", "-quick", "-load", kept, "-num_threads", "2", CXX="no-such-compiler")
     assert nowhere.returncode == 0 and "There is no C++ compiler here (no-such-compiler)" in nowhere.stdout, nowhere.stderr
     again = {row["variant"]: row for row in json.loads((results / "quantize.json").read_text())["rows"]}
     assert set(again) == {"eager", "channels_last", "int8, not compiled"} and all(row["threads"] == 2 for row in again.values())
@@ -395,8 +395,8 @@ def test_no_image_that_differs_is_no_proof_of_none():
     assert margin(torch.tensor([1.0, -1.0] + 98 * [0.0])) == pytest.approx(1.96 * (2 / 99) ** 0.5 / 10)
 
 
-def test_layers_are_kept_in_float_one_at_a_time(run_script, results):
-    done = run_script(SCRIPT, "-model", "student", "-quick", "-layers", timeout=300)
+def test_layers_are_kept_in_float_one_at_a_time(run_in_fork, results):
+    done = run_in_fork(SCRIPT, "-model", "student", "-quick", "-layers", timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads((results / "quantize.json").read_text())["rows"]
     assert [row["kept_float32"] for row in rows] == ["none", "stages.0.conv1", "stages.0.conv2"]
@@ -405,8 +405,8 @@ def test_layers_are_kept_in_float_one_at_a_time(run_script, results):
 
 @needs_compiler
 @pytest.mark.skipif(not X86 or sys.platform == "darwin", reason="int8 operations are for x86, marks not for macOS")
-def test_the_profile_names_every_layer(run_script, results):
-    done = run_script(SCRIPT, "-model", "student", "-quick", "-profile", "-batch_sizes", "8", timeout=300)
+def test_the_profile_names_every_layer(run_in_fork, results):
+    done = run_in_fork(SCRIPT, "-model", "student", "-quick", "-profile", "-batch_sizes", "8", timeout=300)
     assert done.returncode == 0 and "gpuGetDeviceCount" not in done.stderr, done.stderr
     rows = json.loads((results / "quantize.json").read_text())["rows"]
     layers = [row for row in rows if row["gmacs"]]
