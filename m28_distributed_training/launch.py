@@ -169,7 +169,7 @@ def run_or_say_why(worker, args, rank: int, store: Path | None) -> None:
         if not any(sign in str(error) for sign in LOST):
             raise
         other = f"rank {1 - rank}" if world_size(args) == 2 else "that rank"
-        reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])[:150]  # without the place in gloo's code
+        reason = re.sub(r"^.*?\[[^]]*:\d+\] ", "", str(error).splitlines()[0])[:150]  # without the place in gloo's code
         said = f"another rank ended first, look above for {other}"
         if "connectFullMesh" in reason and several_machines():
             said += "; if all are alive, the machines cannot reach each other: README, Several machines"
