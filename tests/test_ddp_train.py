@@ -318,7 +318,7 @@ def test_a_full_disk_does_not_end_a_training(alone, tmp_path, monkeypatch, capsy
     assert torch.load(args.checkpoint, weights_only=True)["step"] == 3
 
 
-def test_a_run_resumed_after_its_last_step_reports_the_same_bits(alone, tmp_path, capsys, monkeypatch):
+def test_a_run_resumed_after_its_last_step_reports_the_same_bits(alone, results, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ddp_train, "catch_sigterm", list)
     args = arguments(*FLAGS, "-steps", 2, "-every", 1, "-checkpoint", tmp_path / "run.pt")
     said = []
@@ -327,6 +327,7 @@ def test_a_run_resumed_after_its_last_step_reports_the_same_bits(alone, tmp_path
         said.append(capsys.readouterr().out)
     assert "resumed at step 2 " in said[1] and parameters_of(said[0]) == parameters_of(said[1])
     assert "to the all-reduce" in said[0] and "to the all-reduce" not in said[1]
+    assert json.loads((results / "ddp_train.json").read_text())["rows"][0]["images_per_s"] is None  # nothing was timed
 
 
 @posix
