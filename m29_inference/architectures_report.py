@@ -1,7 +1,11 @@
 """What architectures.py draws and advises from its rows."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
+
+from m29_inference.quantize_report import times_as_fast
 
 
 def pareto(rows: list[dict]) -> list[dict]:
@@ -52,6 +56,18 @@ def plot_rates(rows: list[dict], what: str, ceiling: float) -> plt.Figure:
     axes.legend(fontsize=8, loc="upper left")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure
+
+
+def who_is_level(rows: list[dict]) -> str:
+    """A line for each two neighbours in latency at a batch size of which no telling is which one is faster."""
+    said = ""
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        ranked = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["latency_ms"])
+        for fast, slow in itertools.pairwise(ranked):
+            verdict = times_as_fast(fast["runs_ms"], slow["runs_ms"], slow["model"])
+            if "cannot tell" in verdict:
+                said += f"batch {batch}: {fast['model']} is {verdict}\n"
+    return said
 
 
 def advise(rows: list[dict], budget_ms: float) -> str:

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from common import measure_alternately, print_table, save_figure
 from errors import InputError
 from m29_inference import quantize
-from m29_inference.architectures import fitting_batch, uses_attention
 from m29_inference.int8 import (
     compile_to_file,
     first_line,
@@ -39,6 +38,7 @@ from m29_inference.quantize_linear import dynamic_int8, with_plain_attention
 from m29_inference.quantize_peers import convert_for_peers, load_peers
 from m29_inference.quantize_report import plot_speed, say
 from m29_inference.quantize_setup import BATCH_SIZES, load_converted, load_network, say_what_is_missing
+from m29_inference.torchvision_networks import fitting_batch, uses_attention
 from m29_inference.training import CPU, fast_format
 from paths import check_file_place
 

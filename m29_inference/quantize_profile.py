@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from common import measure_alternately, print_table, save_figure
 from errors import InputError
 from m29_inference import quantize
-from m29_inference.architectures import fitting_batch
 from m29_inference.int8 import (
     compile_to_file,
     has_compiler,
@@ -35,6 +34,7 @@ from m29_inference.int8 import (
 from m29_inference.macs import gmacs_by_layer
 from m29_inference.quantize_linear import with_plain_attention
 from m29_inference.quantize_setup import BATCH_SIZES, load_network, say_seven_bits
+from m29_inference.torchvision_networks import fitting_batch
 from m29_inference.training import CPU
 
 REPEATS = 15

@@ -9,10 +9,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
 from errors import InputError
-from m29_inference.architectures import build, published_resolution
 from m29_inference.int8 import has_compiler, has_vnni, why_not_compiled
 from m29_inference.int8_file import load_graph
 from m29_inference.student import student_and_data
+from m29_inference.torchvision_networks import build, published_resolution
 from m29_inference.training import CPU, fast_format, fingerprint
 from machine import available_memory
 

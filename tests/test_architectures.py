@@ -10,8 +10,9 @@ import torch
 import torchvision
 from torch import nn
 
+from common import Timing
 from errors import InputError
-from m29_inference import architectures, architectures_report
+from m29_inference import architectures, architectures_report, torchvision_networks
 
 CPU = torch.device("cpu")
 SCRIPT = "m29_inference/architectures.py"
@@ -39,38 +40,38 @@ def test_macs_of_networks_counted_by_hand():
 
 @pytest.mark.parametrize("name", architectures.MODELS)
 def test_macs_are_the_published_ones(name):
-    model, weights = architectures.build(name, False, CPU)
-    row = architectures.describe(name, model, weights, architectures.published_resolution(weights))
+    model, weights = torchvision_networks.build(name, False, CPU)
+    row = architectures.describe(name, model, weights, torchvision_networks.published_resolution(weights))
     assert abs(row["gmacs"] / row["gmacs_published"] - 1) <= 0.005 and row["note"] is None
     assert row["parameters"] == weights.meta["num_params"] and not model.training
     assert row["size_mb"] == pytest.approx(4 * row["parameters"] / 1e6, rel=0.05)
 
 
 def test_a_counter_that_misses_attention_is_marked():
-    model, weights = architectures.build("vit_b_16", False, CPU)
+    model, weights = torchvision_networks.build("vit_b_16", False, CPU)
     row = architectures.describe("vit_b_16", model, weights, 224)
     assert row["note"] == "ptflops sees attention in part" and row["gmacs"] == pytest.approx(17.564, abs=0.001)
     assert architectures.describe("vit_b_16", model, weights, 224)["gmacs_published"] == 17.564
 
 
 def test_why_the_counters_differ_is_said():
-    model, weights = architectures.build("squeezenet1_1", False, CPU)  # without batch normalization, so its convolutions have biases
+    model, weights = torchvision_networks.build("squeezenet1_1", False, CPU)  # without batch normalization, so its convolutions have biases
     row = architectures.describe("squeezenet1_1", model, weights, 224)
     assert row["note"] == "ptflops counts biases, too" and row["gmacs"] == row["gmacs_flop_counter"] == pytest.approx(0.349, abs=0.0005)
     macs = {"ptflops": 2 * row["gmacs_ptflops"], "flop_counter": row["gmacs_flop_counter"]}
     assert architectures.why_counters_differ(model, macs, 224) == "counters differ"  # by more than the biases: no reason is known
 
 
-@pytest.mark.parametrize("name", architectures.AS_PUBLISHED)
+@pytest.mark.parametrize("name", torchvision_networks.AS_PUBLISHED)
 def test_what_is_built_without_weights_is_the_network_that_was_published(name):
     with torch.device("meta"):  # without numbers
-        model, weights = architectures.build(name, False, torch.device("meta"))
+        model, weights = torchvision_networks.build(name, False, torch.device("meta"))
     assert sum(parameter.numel() for parameter in model.parameters()) == weights.meta["num_params"]
-    assert getattr(model, "image_size", 224) == architectures.published_resolution(weights)
+    assert getattr(model, "image_size", 224) == torchvision_networks.published_resolution(weights)
 
 
 def test_a_published_count_is_known_to_a_thousandth():
-    model, weights = architectures.build("shufflenet_v2_x0_5", False, CPU)  # 0.0405 GMACs, published as 0.04
+    model, weights = torchvision_networks.build("shufflenet_v2_x0_5", False, CPU)  # 0.0405 GMACs, published as 0.04
     assert architectures.describe("shufflenet_v2_x0_5", model, weights, 224)["note"] is None
 
 
@@ -98,18 +99,18 @@ def test_a_rate_is_drawn_on_its_line_at_any_batch():
 
 
 def test_an_accuracy_is_that_of_its_resolution():
-    model, weights = architectures.build("mobilenet_v3_large", False, CPU)
+    model, weights = torchvision_networks.build("mobilenet_v3_large", False, CPU)
     rows = [architectures.describe("mobilenet_v3_large", model, weights, pixels) for pixels in (64, 224)]
     assert [row["accuracy_published"] for row in rows] == [None, pytest.approx(0.75274)]
     assert [row["gmacs_published"] for row in rows] == [None, 0.217]
 
 
 def test_a_batch_too_large_for_the_memory_is_made_smaller(monkeypatch, capsys):
-    model, _ = architectures.build("mobilenet_v3_large", False, CPU)
-    each = architectures.activation_bytes(model, torch.zeros(1, 3, 32, 32))
-    monkeypatch.setattr(architectures, "available_memory", lambda: 10 * each)
-    assert architectures.fitting_batch(model, "mobilenet_v3_large", 32, 4, CPU) == 4 and capsys.readouterr().out == ""
-    assert architectures.fitting_batch(model, "mobilenet_v3_large", 32, 64, CPU) == 8
+    model, _ = torchvision_networks.build("mobilenet_v3_large", False, CPU)
+    each = torchvision_networks.activation_bytes(model, torch.zeros(1, 3, 32, 32))
+    monkeypatch.setattr(torchvision_networks, "available_memory", lambda: 10 * each)
+    assert torchvision_networks.fitting_batch(model, "mobilenet_v3_large", 32, 4, CPU) == 4 and capsys.readouterr().out == ""
+    assert torchvision_networks.fitting_batch(model, "mobilenet_v3_large", 32, 64, CPU) == 8
     assert "batch 8 instead of 64" in capsys.readouterr().out
 
 
@@ -119,17 +120,49 @@ def test_layouts_are_compared_before_they_are_timed():
             return images * (2 if images.is_contiguous() else 1)
 
     with pytest.raises(RuntimeError, match="channels_last computes something else"):
-        architectures.time_forward(Depends(), torch.rand(2, 3, 8, 8))
+        architectures.time_in_turn({"net": (Depends(), torch.rand(2, 3, 8, 8))}, CPU)
+
+
+def test_networks_are_timed_in_turn_each_in_its_faster_layout(monkeypatch):
+    runs = {
+        ("one", "contiguous"): [4.0, 6.0],
+        ("one", "channels_last"): [2.0, 2.0],
+        ("two", "contiguous"): [3.0],
+        ("two", "channels_last"): [6.0],
+    }
+    together = []
+
+    def timings(calls, device):
+        together.append(list(calls))
+        return {name: Timing(runs[name]) for name in calls}
+
+    monkeypatch.setattr(architectures, "measure_alternately", timings)
+    net, images = nn.Conv2d(3, 4, 3), torch.rand(1, 3, 8, 8)
+    found = architectures.time_in_turn({"one": (net, images), "two": (net, images)}, CPU)
+    assert together == [list(runs)]  # all in one measurement
+    assert [(timed["layout"], timed["layout_gain"], timed["latency_ms"]) for timed in found.values()] == [
+        ("channels_last", 2.5, 2.0),
+        ("contiguous", 2.0, 3.0),
+    ]
+
+
+def test_of_networks_that_are_level_it_is_said():
+    rows = [
+        {"model": name, "batch": 1, "latency_ms": runs[1], "runs_ms": runs}
+        for name, runs in {"slow": [8.0, 9.0, 9.5], "second": [2.0, 2.1, 3.0], "first": [1.9, 2.0, 3.1]}.items()
+    ]
+    said = architectures_report.who_is_level(rows)
+    assert said == "batch 1: first is 1.05x second (0.97 to 1.05, cannot tell)\n"
 
 
 def test_bad_input_is_said():
     with pytest.raises(InputError, match=r"no network \w+, did you mean resnet18"):
-        architectures.build("resnet81", False, CPU)
-    model, _ = architectures.build("vit_b_16", False, CPU)
+        torchvision_networks.build("resnet81", False, CPU)
+    model, _ = torchvision_networks.build("vit_b_16", False, CPU)
     with pytest.raises(InputError, match=r"vit_b_16 does not work at -resolution 160 .*made for 224"):
-        architectures.fitting_batch(model, "vit_b_16", 160, 1, CPU)
+        torchvision_networks.fitting_batch(model, "vit_b_16", 160, 1, CPU)
     with pytest.raises(InputError, match="-resolution 16 is too small"):
-        architectures.fitting_batch(model, "vit_b_16", 16, 1, CPU)
+        torchvision_networks.fitting_batch(model, "vit_b_16", 16, 1, CPU)
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), EOFError(), pickle.UnpicklingError("invalid load key, '<'")])
@@ -140,17 +173,18 @@ def test_weights_that_cannot_be_fetched_are_said(monkeypatch, error):
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
     said, clear = re.escape(str(error) or "EOFError"), "$" if isinstance(error, OSError) else ", or clear "
     with pytest.raises(InputError, match=rf"the weights of resnet18 cannot be fetched or read .{said}.: leave the flag out{clear}"):
-        architectures.build("resnet18", True, CPU)
+        torchvision_networks.build("resnet18", True, CPU)
     with pytest.raises(type(error)):  # without -pretrained nothing was fetched
-        architectures.build("resnet18", False, CPU)
+        torchvision_networks.build("resnet18", False, CPU)
 
 
 def test_the_run_of_a_learner(run_script, results):
-    done = run_script(SCRIPT, "-quick", "-models", "mobilenet_v3_large", "resnet18")
+    done = run_script(SCRIPT, "-quick", "-models", "mobilenet_v3_large", "resnet18", "-budget_ms", "60000")
     assert done.returncode == 0, done.stderr
-    assert "GMAC/s here: a matrix product" in done.stdout and "For 50 ms take" in done.stdout
+    assert "GMAC/s here: a matrix product" in done.stdout and "For 60000 ms take" in done.stdout
     rows = json.loads((results / "architectures.json").read_text())["rows"]
-    keys = {"model", "parameters", "gmacs", "gmacs_published", "batch", "latency_ms", "images_per_s", "accuracy_published", "of_ceiling"}
+    keys = {"model", "parameters", "gmacs", "gmacs_published", "batch", "latency_ms", "images_per_s", "accuracy_published"}
+    keys |= {"of_ceiling", "layout_gain"}
     assert [row["model"] for row in rows] == ["mobilenet_v3_large", "resnet18"] and keys <= set(rows[0])
     assert all((results / f"architectures_{name}.png").exists() for name in ("accuracy", "rates"))
 

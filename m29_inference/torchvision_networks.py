@@ -1,0 +1,86 @@
+"""Networks of torchvision by name, and how many images at a time fit into memory; for architectures.py and quantize.py."""
+
+import difflib
+import pickle
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from errors import InputError
+from machine import available_memory
+
+SMALLEST = 32  # pixels a side
+AS_PUBLISHED = {"googlenet": {"aux_logits": False}, "vit_h_14": {"image_size": 518}}  # as the published weights want it, who bring it along
+
+
+def build(name: str, pretrained: bool, device: torch.device, others: tuple[str, ...] = ()) -> tuple[nn.Module, object]:
+    """A torchvision network in eval mode and the description of its published weights; downloads them only if asked to.
+
+    InputError for an unknown name, with those that are like it; `others`: names that the script knows besides torchvision's.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, [*others, *known], n=3, cutoff=0.5)
+        raise InputError(f"torchvision has no network {name}{', did you mean ' + ' or '.join(near) if near else ''}")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of networks whose initialization will change
+            options = {} if pretrained else AS_PUBLISHED.get(name, {})
+            model = torchvision.models.get_model(name, weights=weights if pretrained else None, **options)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # urllib's are of the first kind; the others: a damaged file
+        if not pretrained:
+            raise
+        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        clear = "" if isinstance(error, OSError) else f", or clear {torch.hub.get_dir()}/checkpoints"
+        raise InputError(f"-pretrained: the weights of {name} cannot be fetched or read ({reason}): leave the flag out{clear}") from error
+    return model.eval().to(device), weights
+
+
+def published_resolution(weights) -> int:
+    return weights.transforms().crop_size[0]
+
+
+def uses_attention(model: nn.Module) -> bool:
+    return any("Attention" in type(module).__name__ for module in model.modules())
+
+
+def activation_bytes(model: nn.Module, image: torch.Tensor) -> int:
+    """Bytes that the layers put out for `image`; in inference only some of them are alive at a time, so this is an upper bound."""
+    total = 0
+
+    def add(module: nn.Module, inputs, output) -> None:
+        nonlocal total
+        total += output.nbytes if isinstance(output, torch.Tensor) else 0
+
+    hooks = [module.register_forward_hook(add) for module in model.modules() if not list(module.children())]
+    with torch.inference_mode():
+        model(image)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, device: torch.device) -> int:
+    """The largest batch up to `batch` whose activations fit into the free memory, by an estimate from one image; says so when smaller."""
+    if resolution < SMALLEST:
+        raise InputError(f"-resolution {resolution} is too small: these networks halve it five times, so {SMALLEST} is the least")
+    try:
+        each = activation_bytes(model, torch.zeros(1, 3, resolution, resolution, device=device))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[-1][:100]
+        raise InputError(f"{name} does not work at -resolution {resolution} ({reason}): {hint_resolution(name)}") from error
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    most = max(1, int(0.8 * free // each))
+    if most < batch:
+        print(f"warning: {name} needs about {each / 1e6:,.0f} MB an image, {free / 1e6:,.0f} MB are free: batch {most} instead of {batch}")
+    return min(batch, most)
+
+
+def hint_resolution(name: str) -> str:
+    trained = published_resolution(torchvision.models.get_model_weights(name).DEFAULT)
+    return f"it was made for {trained}, Vision Transformers take no other, the rest none much smaller"
