@@ -16,6 +16,7 @@ from cifar10 import normalize
 from errors import InputError
 from m29_inference.int8 import compile_to_file, load_compiled
 from m29_inference.int8_file import load_graph, save_graph
+from m29_inference.quantize_peers import load_peers
 from m29_inference.training import CPU, answers, fingerprint
 from paths import display_path
 
@@ -44,8 +45,8 @@ def margin(difference: torch.Tensor) -> float:
     return 1.96 * difference.std().item() / math.sqrt(len(difference)) if difference.any() else 3 / len(difference)
 
 
-def compare_accuracy(network: nn.Module, variants: dict[str, nn.Module], data: dict, compile_them: bool) -> dict[str, dict]:
-    """Right answers of each variant on all test images, image by image against float32; prints the difference with its 95 % interval.
+def compare_accuracy(network: nn.Module, variants: dict, peers: dict, data: dict, compile_them: bool) -> dict[str, dict]:
+    """Right answers of each variant and peer on all test images, image by image against float32; prints each difference and its interval.
 
     By name, "eager" too: accuracy, accuracy_difference and its accuracy_margin, and same_class, the share of images on which both agree.
     """
@@ -54,10 +55,10 @@ def compare_accuracy(network: nn.Module, variants: dict[str, nn.Module], data: d
     theirs = answers(network, data["test"], CPU, batch)
     found = {"eager": {"accuracy": (theirs == labels).double().mean().item()}}
     print()
-    for name, variant in variants.items():
+    for name, variant in {**variants, **load_peers(peers, images)}.items():
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             function = variant
-            if compile_them:
+            if compile_them and name in variants:
                 with contextlib.suppress(InputError):  # said where it was timed; the graph gives the same answers, slowly
                     function = load_compiled(compile_to_file(variant, images, Path(folder, "accuracy.pt2")))
             ours = answers(function, data["test"], CPU, batch)
@@ -82,7 +83,7 @@ def sizes_mb(network: nn.Module, variants: dict[str, nn.Module], images: torch.T
     dynamic = {name: variant for name, variant in variants.items() if "dynamic" in name}
     sizes = {name: size_of_weights(variant) for name, variant in dynamic.items()}
     sizes |= dict.fromkeys(("eager", "channels_last", "compiled float32"), size_of_weights(network))
-    sizes["compiled bfloat16"] = size_of_weights(InBfloat16(network).network)
+    sizes |= dict.fromkeys(("compiled bfloat16", "compiled bfloat16, plain attention"), size_of_weights(InBfloat16(network).network))
     graphs = [name for name in variants if "int8" in name and name not in dynamic]  # one and the same, compiled in several ways
     int8 = variants[graphs[0]]
     with tempfile.TemporaryDirectory() as folder:

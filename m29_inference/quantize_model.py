@@ -54,15 +54,15 @@ def find_variants(network: nn.Module, int8: nn.Module, quick: bool) -> dict[str,
         return {NOT_COMPILED: int8}
     if quick:  # one to compile
         return {"int8": int8}
+    plain = with_plain_attention(network)
+    ways = {"": network} if plain is network else {"": network, ", plain attention": plain}
     variants = {"compiled float32": network}
     if fast_format(torch.device("cpu"))["enabled"]:
-        variants["compiled bfloat16"] = InBfloat16(network)
+        variants |= {f"compiled bfloat16{way}": InBfloat16(ours) for way, ours in ways.items()}
     variants["int8"] = int8
     if not uses_attention(network):
         return variants | {"int8, torch.compile": int8}
-    variants["int8, dynamic"] = dynamic_int8(network)
-    plain = with_plain_attention(network)
-    return variants if plain is network else variants | {"int8, dynamic, plain attention": dynamic_int8(plain)}
+    return variants | {f"int8, dynamic{way}": dynamic_int8(ours) for way, ours in ways.items()}
 
 
 # ---- measured --------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def compiled_in_memory(variant: nn.Module, images: torch.Tensor):
     return function, len(re.findall(r"\bonednn\.q(?:conv|linear)\w*\.", "\n".join(sources)))
 
 
-def time_variants(args, network: nn.Module, variants: dict, others: dict, images: torch.Tensor, progress: tqdm) -> list[dict]:
+def time_variants(args, network: nn.Module, variants: dict, peers: dict, images: torch.Tensor, progress: tqdm) -> list[dict]:
     """A row a variant for this batch and the threads set now: latency, ratio to eager, difference of the output from eager's."""
     copied = copy.deepcopy(network).to(memory_format=torch.channels_last)
     arranged = images.contiguous(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ def time_variants(args, network: nn.Module, variants: dict, others: dict, images
                 name, function, count = NOT_COMPILED, variant, None
             calls[name], counts[name] = (lambda function=function: function(images)), count
             progress.update()
-        calls |= load_peers(others, images)
+        calls |= {name: lambda function=function: function(images) for name, function in load_peers(peers, images).items()}
         with torch.inference_mode():
             differences = compare_outputs({name: call().float() for name, call in calls.items()})
             timings = measure_alternately(calls, CPU, REPEATS)
@@ -137,18 +137,17 @@ def compare_outputs(outputs: dict[str, torch.Tensor]) -> dict[str, float]:
     return differences
 
 
-def time_all(args, network: nn.Module, variants: dict, calibration: list[torch.Tensor]) -> list[dict]:
+def time_all(args, network: nn.Module, variants: dict, peers: dict, calibration: list[torch.Tensor]) -> list[dict]:
     """Rows for each batch size and number of threads."""
     batches, threads = args.batch_sizes or BATCH_SIZES[: 1 if args.quick else None], args.threads
     batches = list(dict.fromkeys(fitting_batch(network, args.model, calibration[0].shape[-1], batch, CPU) for batch in batches))
     rows, images = [], torch.cat(calibration)
     total = len(variants) * len(batches) * len(threads)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tqdm(total=total, desc="compiling") as progress:
-        others = convert_for_peers(network, calibration, Path(folder)) if args.peers else {}
+    with tqdm(total=total, desc="compiling") as progress:
         for count in threads:
             torch.set_num_threads(count)
             for batch in batches:
-                rows += time_variants(args, network, variants, others, images[torch.arange(batch) % len(images)], progress)
+                rows += time_variants(args, network, variants, peers, images[torch.arange(batch) % len(images)], progress)
     return rows
 
 
@@ -179,9 +178,12 @@ def compare(args) -> list[dict]:
     sizes = sizes_mb(network, variants, calibration[0], args.save)
     if args.save and args.pretrained and not data:
         print(f"warning: random numbers set the scales in {args.save}: good for measuring latency, not for answers about photographs")
-    rows = time_all(args, network, variants, calibration)
     answering = {name: variants[name] for name in ("compiled bfloat16", "int8", NOT_COMPILED) if name in variants}
-    accuracy = compare_accuracy(network, answering, data, has_compiler() and not args.quick) if data else {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        peers = convert_for_peers(network, calibration, Path(folder)) if args.peers else {}
+        rows = time_all(args, network, variants, peers, calibration)
+        accuracy = compare_accuracy(network, answering, peers, data, has_compiler() and not args.quick) if data else {}
+    sizes |= {name: peer.size_mb for name, peer in peers.items()}
     accuracy["int8"] = accuracy.get("int8", accuracy.get(NOT_COMPILED, {}))
     for row in rows:
         same = "int8" if row["variant"] in ("int8, torch.compile", NOT_COMPILED) else row["variant"]  # the same graph, however it runs

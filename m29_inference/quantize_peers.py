@@ -1,23 +1,33 @@
 """Other runtimes' int8, for comparison: ONNX Runtime and OpenVINO, each tuned as its documentation says (requirements-peers.txt).
 
 Both get the same network, the same images to calibrate with and the same number of threads. ONNX Runtime: quantize and dequantize
-in the graph, a scale a channel for weights, after its own shape inference and simplification. OpenVINO: NNCF's default algorithm,
-which corrects biases as well, latency hint. A peer that is missing or fails is named, with the reason, and left out.
+in the graph, a scale a channel for weights, after its own shape inference and simplification; where there is no VNNI weights of 7 bits,
+without which its sums overflow there. OpenVINO: NNCF's default algorithm, which corrects biases as well, latency hint. A peer that is
+missing or fails is named, with the reason, and left out.
 """
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from m29_inference.int8 import ANY_BATCH, first_line, quiet
+from m29_inference.int8 import ANY_BATCH, first_line, has_vnni, quiet
 
 
-def convert_for_peers(network: nn.Module, calibration: list[torch.Tensor], folder: Path) -> dict:
-    """{name: function of (images, threads) that loads the converted network for this batch size}, of the peers that can do it."""
+class Peer(NamedTuple):
+    """A network converted for another runtime: what loads it, for a shape of images and a number of threads, and MB as saved."""
+
+    load: Callable[[torch.Size, int], Callable[[torch.Tensor], torch.Tensor]]
+    size_mb: float
+
+
+def convert_for_peers(network: nn.Module, calibration: list[torch.Tensor], folder: Path) -> dict[str, Peer]:
+    """The converted network by name of the peer, of those that can do it."""
     found = {}
     for name, convert in {"int8, ONNX Runtime": onnx_runtime, "int8, OpenVINO": openvino}.items():
         try:
@@ -30,20 +40,20 @@ def convert_for_peers(network: nn.Module, calibration: list[torch.Tensor], folde
     return found
 
 
-def load_peers(converted: dict, images: torch.Tensor) -> dict:
-    """{name: function that computes `images` with the threads set now}, of the peers that can do it."""
-    calls = {}
-    for name, load in converted.items():
+def load_peers(converted: dict[str, Peer], images: torch.Tensor) -> dict:
+    """{name: function of a batch as large as `images`, with the threads set now}, of the peers that can do it."""
+    functions = {}
+    for name, peer in converted.items():
         try:
-            call = load(images, torch.get_num_threads())
-            call()
-            calls[name] = call
+            function = peer.load(images.shape, torch.get_num_threads())
+            function(images)
+            functions[name] = function
         except Exception as error:  # each library has its own
             tqdm.write(f"{name} is left out at batch {len(images)}: it fails ({first_line(error)})")
-    return calls
+    return functions
 
 
-def onnx_runtime(network: nn.Module, calibration: list[torch.Tensor], folder: Path):
+def onnx_runtime(network: nn.Module, calibration: list[torch.Tensor], folder: Path) -> Peer:
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -66,19 +76,19 @@ def onnx_runtime(network: nn.Module, calibration: list[torch.Tensor], folder: Pa
         verbose=False,
     )
     quant_pre_process(exported, prepared)
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(prepared, quantized, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **types)
+    options = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": not has_vnni()}
+    quantize_static(prepared, quantized, Reader(), quant_format=QuantFormat.QDQ, **options)
 
-    def load(images: torch.Tensor, threads: int):
+    def load(shape: torch.Size, threads: int):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
-        return lambda: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
-    return load
+    return Peer(load, Path(quantized).stat().st_size / 1e6)
 
 
-def openvino(network: nn.Module, calibration: list[torch.Tensor], folder: Path):
+def openvino(network: nn.Module, calibration: list[torch.Tensor], folder: Path) -> Peer:
     import nncf
     import openvino
 
@@ -86,11 +96,14 @@ def openvino(network: nn.Module, calibration: list[torch.Tensor], folder: Path):
     model = openvino.convert_model(network, example_input=calibration[0], input=[-1, *calibration[0].shape[1:]])
     quantized = nncf.quantize(model, nncf.Dataset(calibration, lambda batch: batch.numpy()), subset_size=len(calibration))
 
-    def load(images: torch.Tensor, threads: int):
+    file = folder / "openvino.xml"  # the graph; the weights stand beside it
+    openvino.save_model(quantized, file)
+
+    def load(shape: torch.Size, threads: int):
         fixed = quantized.clone()
-        fixed.reshape(list(images.shape))
+        fixed.reshape(list(shape))
         options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         compiled = openvino.Core().compile_model(fixed, "CPU", options)
-        return lambda: torch.from_numpy(compiled(images.numpy())[0])
+        return lambda images: torch.from_numpy(compiled(images.numpy())[0])
 
-    return load
+    return Peer(load, sum(part.stat().st_size for part in (file, file.with_suffix(".bin"))) / 1e6)

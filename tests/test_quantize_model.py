@@ -24,7 +24,7 @@ from m29_inference.network import WhitenedNet
 from m29_inference.quantize_cost import compare_accuracy, margin, relative, size_of_weights, sizes_mb
 from m29_inference.quantize_linear import PlainAttention, dynamic_int8, with_plain_attention
 from m29_inference.quantize_model import compiled, find_variants
-from m29_inference.quantize_peers import convert_for_peers, load_peers
+from m29_inference.quantize_peers import Peer, convert_for_peers, load_peers
 from m29_inference.quantize_setup import load_converted, load_network, say_what_is_missing
 from machine import cpu_has
 
@@ -316,7 +316,7 @@ def test_what_the_compiler_fails_on_is_left_out_and_int8_runs_as_a_graph(network
         assert f"{name} is left out: it cannot be compiled here (CppCompileError: C++ compile error)\n" in said
     quantize_report.say(rows)  # finds the row that stands for int8
     data = {"test": Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), (), "made")}
-    assert compare_accuracy(network, {"int8": graph}, data, compile_them=True)["int8"]["same_class"] == 1
+    assert compare_accuracy(network, {"int8": graph}, {}, data, compile_them=True)["int8"]["same_class"] == 1
 
 
 def test_layers_that_stay_float_are_counted(capsys):
@@ -371,11 +371,11 @@ def test_a_peer_that_fails_is_left_out_with_its_reason(network, monkeypatch, tmp
     def convert(*_):
         raise RuntimeError("unsupported operation\nand a trace")
 
-    def load(images, threads):
+    def load(shape, threads):
         raise ValueError("no kernel for this batch")
 
     monkeypatch.setattr("m29_inference.quantize_peers.onnx_runtime", convert)
-    monkeypatch.setattr("m29_inference.quantize_peers.openvino", lambda *_: load)
+    monkeypatch.setattr("m29_inference.quantize_peers.openvino", lambda *_: Peer(load, 1.0))
     found = convert_for_peers(network, batches(), tmp_path)
     assert list(found) == ["int8, OpenVINO"] and load_peers(found, batches()[0]) == {}
     said = capsys.readouterr().out
@@ -510,6 +510,11 @@ def test_what_the_processor_lacks_is_said_and_left_out(network, graph, monkeypat
     assert ("activations are kept in 7, so that no sum overflows" in printed) is not capable
     assert ("compiled bfloat16 is left out: this processor has no instructions for it" in printed) is not capable
     assert ("compiled bfloat16" in find_variants(network, graph, quick=False)) is capable
+    found = find_variants(
+        torchvision.models.VisionTransformer(32, 16, 1, 2, 32, 64), graph, quick=False
+    )  # int8, dynamic: the same two ways
+    assert [name for name in found if "bfloat16" in name] == capable * ["compiled bfloat16", "compiled bfloat16, plain attention"]
+    assert list(found)[-2:] == ["int8, dynamic", "int8, dynamic, plain attention"]
 
 
 @pytest.mark.parametrize(("images", "said"), [(8, "few images to calibrate with (8)"), (64, "")])
@@ -613,8 +618,10 @@ def test_the_difference_in_accuracy_is_paired_and_has_its_interval(capsys):
         return classify
 
     data = {"test": Images(images, torch.zeros(400, dtype=torch.int64), ("a", "b"), "made")}
-    found = compare_accuracy(network(kinds["first"]), {"int8": network(kinds["second"])}, data, compile_them=False)
+    peers = {"a peer": Peer(lambda shape, threads: network(kinds["second"]), 1.0)}
+    found = compare_accuracy(network(kinds["first"]), {"int8": network(kinds["second"])}, peers, data, compile_them=False)
     assert [found[name]["accuracy"] for name in ("eager", "int8")] == pytest.approx([398 / 400, 396 / 400])
     assert found["int8"]["accuracy_margin"] == pytest.approx(0.0120, abs=5e-5) and found["int8"]["same_class"] == pytest.approx(394 / 400)
+    assert found["a peer"] == found["int8"]
     # differences: -1 four times, +1 twice, else 0: mean -0.5 points, sd 0.1224, so 1.96 * sd / 20 = 1.20 points
     assert "int8 -0.50 points (95 % interval +- 1.20), the same class as float32 for 98.50%" in capsys.readouterr().out
