@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -61,7 +62,15 @@ def start_script():
 
 
 def run_as_main(script: str, flags: tuple, environment: dict, printed: Path, said: Path) -> None:
-    """In a process of its own: run the script as `python script flags` would; its output goes to two files."""
+    """In a process of its own: run the script as `python script flags` would; its output goes to two files.
+
+    The processes that a script of M28 starts are forked from this one, too, and need not import PyTorch again.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()
+    if script.startswith("m28") and "fork" in multiprocessing.get_all_start_methods():
+        forking = multiprocessing.get_context("fork")
+        multiprocessing.get_context = lambda method: forking
     for stream, file in enumerate((printed, said), start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), stream)
     os.environ.update(environment)
@@ -79,7 +88,7 @@ def processes():
     """Where processes come from: on Linux and macOS from one that has imported PyTorch, which takes seconds, and only forks."""
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["torchvision", "matplotlib.pyplot"])
+        context.set_forkserver_preload(["torchvision", "matplotlib.pyplot", "torch._dynamo", "torch.distributed.checkpoint.state_dict"])
     return context
 
 
@@ -95,6 +104,7 @@ def start_in_fork(processes, tmp_path_factory):
         process.start()
         started.append(process)
         process.output = lambda: tuple(file.read_text() if file.exists() else "" for file in (printed, said))
+        process.send_signal = lambda number: os.kill(process.pid, number)
         return process
 
     yield start
@@ -113,6 +123,36 @@ def run_in_fork(start_in_fork):
         return subprocess.CompletedProcess(flags, process.exitcode, *process.output())
 
     return run
+
+
+def end(process, seconds: float = 30) -> tuple[str, str]:
+    """What a forked script had printed and said when it ended."""
+    process.join(seconds)
+    return process.output()
+
+
+@pytest.fixture
+def forked_run(start_in_fork):
+    """A stress_ddp.Run of a forked script, for stress_ddp.trial()."""
+    import stress_ddp  # which imports common.py, so not before the folders above are named
+
+    class Forked(stress_ddp.Run):
+        def __init__(self, command: list[str], folder: Path) -> None:
+            script = str(Path(command[1]).relative_to(ROOT).as_posix())
+            self.process = start_in_fork(script, *command[2:], TQDM_MININTERVAL="0", COURSE_RESULTS=str(folder))
+            self.process.poll = lambda: None if self.process.is_alive() else self.process.exitcode
+
+        @property
+        def step(self) -> int:
+            steps = re.findall(rf" (\d+)/{stress_ddp.STEPS} \[", self.process.output()[1])
+            return int(steps[-1]) if steps else 0
+
+        def end(self) -> str:
+            printed, said = end(self.process, seconds=180)
+            assert self.process.exitcode == 0, f"{printed}\n{said[-3000:]}"
+            return printed
+
+    return Forked
 
 
 @pytest.fixture

@@ -102,12 +102,15 @@ def kill_one(run: Run, file: Path, while_writing: bool, rng: random.Random) -> t
     return target, "too late, when it had ended"
 
 
-def trial(script: str, launcher: str, while_writing: bool, parameters: str, rng: random.Random) -> tuple[int, str]:
-    """One killed run, checked; the steps that had to be done again, as far as the progress bar tells, and when it was killed."""
+def trial(script: str, launcher: str, while_writing: bool, parameters: str, rng: random.Random, start=Run) -> tuple[int, str]:
+    """One killed run, checked; the steps that had to be done again, as far as the progress bar tells, and when it was killed.
+
+    `start` of a command and a folder for results makes the Run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "run.pt")
         flags = ["-checkpoint", str(file), "-every", str(EVERY), "-resume", *(["-max_restarts", "3"] if launcher == "nproc" else [])]
-        run = Run(command(script, launcher, flags), Path(folder))
+        run = start(command(script, launcher, flags), Path(folder))
         killed, when = kill_one(run, file, while_writing, rng)
         said = run.end()
         resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", said)]

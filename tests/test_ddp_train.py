@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import multiprocessing
@@ -24,7 +25,7 @@ import stress_ddp
 import torch
 import torch.distributed as dist
 import torch.distributed.run as torch_run
-from conftest import ROOT
+from conftest import ROOT, end
 from PIL import Image
 from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
 
@@ -51,20 +52,26 @@ def undisturbed(tmp_path_factory) -> dict:
 
 
 @pytest.fixture
-def start_training(start_script, tmp_path):
+def start_training(start_script, start_in_fork, tmp_path):
     """Start more steps than anybody waits for; the process and its ranks, once the first checkpoint is written."""
 
-    def start(*flags, steps: int = 100_000, torchrun: bool = False) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    def start(*flags, steps: int = 100_000, begin=start_in_fork, command=(SCRIPT,)) -> tuple:
         file = tmp_path / "run.pt"
-        command = [torch_run.__file__, "--standalone", "--nproc-per-node", 2, ROOT / SCRIPT] if torchrun else [SCRIPT]
-        process = start_script(*command, *SMALL, steps, "-checkpoint", file, "-every", EVERY, *flags, COURSE_RESULTS=str(tmp_path))
+        process = begin(*command, *SMALL, steps, "-checkpoint", file, "-every", EVERY, *flags, COURSE_RESULTS=str(tmp_path))
         deadline = time.time() + 60
-        while not file.exists() and process.poll() is None and time.time() < deadline:
+        while not file.exists() and time.time() < deadline:
             time.sleep(0.005)
-        assert file.exists(), process.communicate(timeout=1)
+        assert file.exists(), process.output()
         return process, stress_ddp.Run.ranks(SimpleNamespace(process=process))
 
     return start
+
+
+@pytest.fixture
+def start_under_torchrun(start_training, start_script):
+    """As start_training; the process is a subprocess.Popen."""
+    torchrun = (torch_run.__file__, "--standalone", "--nproc-per-node", 2, ROOT / SCRIPT)
+    return functools.partial(start_training, begin=start_script, command=torchrun)
 
 
 @pytest.fixture
@@ -91,8 +98,8 @@ def test_ddp_hands_four_bytes_a_parameter_to_the_all_reduce(undisturbed):
     assert undisturbed["images_per_s"] > 0 and undisturbed["loss"] < 2.5 and 0 < undisturbed["accuracy"] < 1
 
 
-def test_one_process_with_two_micro_batches_computes_the_same_bits(undisturbed, run_script, tmp_path):
-    done = run_script(SCRIPT, *FLAGS, "-nproc", "1", "-accumulate", "2", COURSE_RESULTS=str(tmp_path))
+def test_one_process_with_two_micro_batches_computes_the_same_bits(undisturbed, run_in_fork, tmp_path):
+    done = run_in_fork(SCRIPT, *FLAGS, "-nproc", "1", "-accumulate", "2", COURSE_RESULTS=str(tmp_path))
     assert done.returncode == 0, done.stderr
     [row] = json.loads((tmp_path / "ddp_train.json").read_text())["rows"]
     same = ("parameters_sha256", "accuracy", "bytes_per_step")  # bytes: no_sync() keeps the first micro-batch's gradients here
@@ -166,17 +173,17 @@ def train_and_go_on(rank: int, file: Path, data: Images, trained) -> None:
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory) -> SimpleNamespace:
+def groups(processes, tmp_path_factory) -> SimpleNamespace:
     """What groups of up to four processes counted and trained."""
-    context, folder = multiprocessing.get_context("spawn"), tmp_path_factory.mktemp("groups")
+    context, folder = processes, tmp_path_factory.mktemp("groups")
     counted, trained = context.SimpleQueue(), context.SimpleQueue()
-    processes = [context.Process(target=work_in_groups, args=(rank, folder, counted, trained)) for rank in range(4)]
-    for process in processes:
+    ranks = [context.Process(target=work_in_groups, args=(rank, folder, counted, trained)) for rank in range(4)]
+    for process in ranks:
         process.start()
-    for process in processes:
+    for process in ranks:
         process.join(120)
         process.kill()
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert [process.exitcode for process in ranks] == [0] * 4
     return SimpleNamespace(counted=sorted(counted.get() for _ in range(10)), trained=[trained.get() for _ in range(2)])
 
 
@@ -193,8 +200,8 @@ def test_four_processes_that_go_on_end_with_the_same_bits(groups):
     assert gone_on == whole and whole[1] == 4 * 18_626  # bytes a step, once for both micro-batches
 
 
-def test_the_benchmark_measures_processes_against_threads(run_script, tmp_path):
-    done = run_script(SCRIPT, "-quick", "-benchmark", "-widths", "8", "16", "32", "-num_threads", "1", COURSE_RESULTS=str(tmp_path))
+def test_the_benchmark_measures_processes_against_threads(run_in_fork, tmp_path):
+    done = run_in_fork(SCRIPT, "-quick", "-benchmark", "-widths", "8", "16", "32", "-num_threads", "1", COURSE_RESULTS=str(tmp_path))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "ddp_train.json").read_text())["rows"]
     assert [(row["processes"], row["threads"]) for row in rows] == [(1, 1), (2, 1), (1, 2)]
@@ -237,24 +244,21 @@ def test_a_step_is_split_into_its_parts():
 
 @posix
 @pytest.mark.parametrize("script", ["ddp_train.py", "fsdp_train.py"])
-def test_sigterm_saves_and_one_process_goes_on_and_then_two_to_the_same_bits(
-    undisturbed, start_training, run_script, tmp_path, monkeypatch, script
-):
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", f"m28_distributed_training/{script}")  # both end with the same bits
-    process, _ = start_training(steps=STEPS)
+def test_sigterm_saves_and_one_process_goes_on_and_then_two_to_the_same_bits(undisturbed, start_training, run_in_fork, tmp_path, script):
+    command = (f"m28_distributed_training/{script}",)  # both end with the same bits
+    process, _ = start_training(steps=STEPS, command=command)
     process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=30)
-    assert process.returncode == 0, errors
+    said, errors = end(process)
+    assert process.exitcode == 0, errors
     stopped = int(re.search(rf"SIGTERM: stopped after step (\d+) of {STEPS}; -resume goes on from here", said)[1])
-    process, _ = start_training("-resume", "-nproc", 1, "-accumulate", 2, steps=STEPS)
-    while (line := process.stdout.readline()) and "resumed" not in line:
-        pass
-    assert f"resumed at step {stopped} " in line
+    process, _ = start_training("-resume", "-nproc", 1, "-accumulate", 2, steps=STEPS, command=command)
+    while process.is_alive() and "resumed" not in process.output()[0]:
+        time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    assert f"resumed at step {stopped} " in end(process)[0]
     kept = torch.load(tmp_path / "run.pt", weights_only=True)
     assert kept["settings"]["world"] == 1 and stopped < kept["step"] < STEPS
-    done = run_script(SCRIPT, *FLAGS, "-checkpoint", tmp_path / "run.pt", "-resume", COURSE_RESULTS=str(tmp_path))
+    done = run_in_fork(*command, *FLAGS, "-checkpoint", tmp_path / "run.pt", "-resume", COURSE_RESULTS=str(tmp_path))
     assert done.returncode == 0 and f"resumed at step {kept['step']} " in done.stdout, done.stderr
     assert parameters_of(done.stdout) == undisturbed["parameters_sha256"]
 
@@ -334,9 +338,10 @@ def test_a_run_resumed_after_its_last_step_reports_the_same_bits(alone, results,
 @pytest.mark.parametrize(
     ("launcher", "while_writing"), [("nproc", False), ("nproc", True), ("torchrun", False)], ids=["nproc", "while-writing", "torchrun"]
 )
-def test_kill_9_changes_no_bit(undisturbed, launcher, while_writing):
+def test_kill_9_changes_no_bit(undisturbed, forked_run, launcher, while_writing):
     chance = random.Random(1)  # says step 9: then it is killed, or from then on watched for a write
-    lost, when = stress_ddp.trial("ddp_train.py", launcher, while_writing, undisturbed["parameters_sha256"], chance)
+    start = stress_ddp.Run if launcher == "torchrun" else forked_run
+    lost, when = stress_ddp.trial("ddp_train.py", launcher, while_writing, undisturbed["parameters_sha256"], chance, start)
     assert lost <= EVERY and when == ("while a checkpoint was written" if while_writing else "between")
 
 
@@ -344,8 +349,8 @@ def test_kill_9_changes_no_bit(undisturbed, launcher, while_writing):
 def test_without_restarts_a_killed_rank_ends_all_with_a_sentence(start_training):
     process, ranks = start_training()
     ranks[1].kill()
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 1
+    _, said = end(process)
+    assert process.exitcode == 1
     assert said.index("rank 1 was killed by signal 9") < said.index("rank 0: another rank ended first, look above")
     assert "Traceback" not in said and ".cc:" not in said and psutil.wait_procs(ranks, timeout=1)[1] == []
 
@@ -355,15 +360,15 @@ def test_a_rank_that_hangs_is_not_waited_for_longer_than_timeout_s(start_trainin
     process, ranks = start_training("-timeout_s", "3")
     ranks[1].suspend()
     begin = time.time()
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 1 and 2 < time.time() - begin < 15
+    _, said = end(process)
+    assert process.exitcode == 1 and 2 < time.time() - begin < 15
     assert "rank 0: another rank ended first" in said and "Timed out" in said and ".cc:" not in said and "Traceback" not in said
     assert psutil.wait_procs(ranks, timeout=1)[1] == []
 
 
 @posix
-def test_under_torchrun_the_process_that_lost_its_peer_says_a_sentence(start_training):
-    process, ranks = start_training(torchrun=True)
+def test_under_torchrun_the_process_that_lost_its_peer_says_a_sentence(start_under_torchrun):
+    process, ranks = start_under_torchrun()
     ranks[1].kill()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and "rank 0: another rank ended first, look above for rank 1 (" in said
@@ -373,9 +378,9 @@ def test_under_torchrun_the_process_that_lost_its_peer_says_a_sentence(start_tra
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_torchrun_hands_on_what_it_is_told(start_training, tmp_path, number):
+def test_torchrun_hands_on_what_it_is_told(start_under_torchrun, tmp_path, number):
     """It ends with 1 itself. At SIGTERM a checkpoint is saved, at Ctrl-C nothing is left within 3 s."""
-    process, ranks = start_training(torchrun=True)
+    process, ranks = start_under_torchrun()
     begin = time.time()
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     said, _ = process.communicate(timeout=60)
@@ -391,7 +396,7 @@ def test_torchrun_hands_on_what_it_is_told(start_training, tmp_path, number):
 @pytest.mark.parametrize("moment", ["importing torch", "training"])
 def test_ctrl_c_ends_all_processes_within_3_s(start_training, start_script, press_ctrl_c, moment):
     if moment == "training":
-        process, _ = start_training()
+        process, _ = start_training(begin=start_script)
     else:
         process = start_script(SCRIPT, *SMALL, 100_000)
         while process.poll() is None and len(stress_ddp.Run.ranks(SimpleNamespace(process=process))) < 2:
@@ -509,9 +514,9 @@ def test_another_number_of_processes_may_take_over_two_micro_batches():
     checkpoint.check_settings(Path("run.pt"), {"world": 2, "micro_batches": 2}, {"world": 1, "micro_batches": 2})
 
 
-def test_a_run_that_cannot_resume_ends_with_one_sentence_and_leaves_the_file(saved, run_script):
+def test_a_run_that_cannot_resume_ends_with_one_sentence_and_leaves_the_file(saved, run_in_fork):
     before = saved.file.read_bytes()
-    done = run_script(SCRIPT, *FLAGS, "-nproc", "1", "-seed", "1", "-checkpoint", saved.file, "-resume", "-max_restarts", "3")
+    done = run_in_fork(SCRIPT, *FLAGS, "-nproc", "1", "-seed", "1", "-checkpoint", saved.file, "-resume", "-max_restarts", "3")
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: -checkpoint {saved.file} belongs to another run: ") and done.stderr.count("\n") == 1
     assert saved.file.read_bytes() == before
@@ -618,8 +623,8 @@ def test_torchrun_that_would_start_again_from_the_beginning_is_refused(monkeypat
     training_flags.check(arguments("-checkpoint", tmp_path / "run.pt", "-resume"))
 
 
-def test_what_all_ranks_refuse_is_said_once(run_script):
-    done = run_script(SCRIPT, *FLAGS, "-widths", "9", "9", "9")
+def test_what_all_ranks_refuse_is_said_once(run_in_fork):
+    done = run_in_fork(SCRIPT, *FLAGS, "-widths", "9", "9", "9")
     assert done.returncode == 1
     assert done.stderr.startswith("error: a stage of 9 channels cannot be normalized in groups of 8") and done.stderr.count("\n") == 1
 
@@ -669,8 +674,8 @@ def test_each_process_takes_its_share_of_the_cores(monkeypatch, cores, nproc, th
 
 
 @pytest.mark.parametrize(("taken", "said"), [(True, "is in use by another program: give torchrun another one"), (False, "MASTER_PORT")])
-def test_a_port_in_use_or_none_at_all_is_said(run_script, taken, said):
+def test_a_port_in_use_or_none_at_all_is_said(run_in_fork, taken, said):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = {"MASTER_PORT": str(server.getsockname()[1])} if taken else {}
-        done = run_script(SCRIPT, *FLAGS, RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", **port)
+        done = run_in_fork(SCRIPT, *FLAGS, RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", **port)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

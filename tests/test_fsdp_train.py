@@ -53,8 +53,8 @@ def test_a_process_holds_two_fifths_of_what_ddps_does_and_sends_one_and_a_half_t
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-def test_kill_9_changes_no_bit(undisturbed):
-    lost, _ = stress_ddp.trial("fsdp_train.py", "nproc", False, parameters_of(undisturbed.said), random.Random(0))
+def test_kill_9_changes_no_bit(undisturbed, forked_run):
+    lost, _ = stress_ddp.trial("fsdp_train.py", "nproc", False, parameters_of(undisturbed.said), random.Random(0), forked_run)
     assert lost <= EVERY
 
 
