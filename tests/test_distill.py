@@ -226,8 +226,19 @@ def test_a_file_of_other_widths_or_with_a_flipped_bit_is_not_taken_even_in_part(
         assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
-def test_kill_9_and_again(start_in_fork, run_script, results, tmp_path, monkeypatch):
-    flags = ("-quick", "-widths", "8", "8", "8", "-num_threads", "1", "-data", str(cifar10_sample()))
+@pytest.fixture(scope="module")
+def few_shapes(tmp_path_factory) -> str:
+    """A folder with the first of the drawn shapes, two batches to train with and 100 to test, so that a training takes seconds."""
+    folder = tmp_path_factory.mktemp("few") / "sample"
+    folder.mkdir()
+    for split, count in {"train": 512, "test": 100}.items():
+        with np.load(cifar10_sample() / f"{split}.npz") as arrays:
+            np.savez(folder / f"{split}.npz", **{name: arrays[name][:count] for name in arrays})
+    return str(folder)
+
+
+def test_kill_9_and_again(start_in_fork, run_script, results, tmp_path, monkeypatch, few_shapes):
+    flags = ("-quick", "-widths", "8", "8", "8", "-num_threads", "1", "-data", few_shapes)
     place = {"COURSE_DATA": str(tmp_path / "killed")}
     process, folder = start_in_fork("m29_inference/student.py", *flags, **place), tmp_path / "killed" / "students"
     while not list(folder.glob("[!.]*.pt")):  # nor the one that is being written
@@ -243,7 +254,7 @@ def test_kill_9_and_again(start_in_fork, run_script, results, tmp_path, monkeypa
     monkeypatch.setattr(training, "DATA", tmp_path / "whole")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    _, undisturbed = student.trained_student(student.quick_part(load_cifar10(str(cifar10_sample()))), 2, 0, CPU, (8, 8, 8))
+    _, undisturbed = student.trained_student(student.quick_part(load_cifar10(few_shapes)), 2, 0, CPU, (8, 8, 8))
     torch.set_num_threads(threads)
     kept = ("epoch", "loss", "accuracy")
     assert [[row[key] for key in kept] for row in rows] == [[row[key] for key in kept] for row in undisturbed] and len(rows) == 2
@@ -548,9 +559,11 @@ def test_wrong_losses_are_told_by_their_values():
     assert unbounded["followed"] < -100 and unbounded["followed"] < unbounded["at_equal"]
 
 
-def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(start_in_fork, run_in_fork, results, tmp_path, monkeypatch):
-    killed, whole, data = tmp_path / "killed", tmp_path / "whole", str(cifar10_sample())
-    flags = {"epochs": 2, "teacher_epochs": 1, "min_teacher_accuracy": 0.0, "limit": 1024, "data": data}
+def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(
+    start_in_fork, run_in_fork, results, tmp_path, monkeypatch, few_shapes
+):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    flags = {"epochs": 2, "teacher_epochs": 1, "min_teacher_accuracy": 0.0, "limit": 512, "data": few_shapes}
     words = ["-quick", "-num_threads", "1", *(word for flag, value in flags.items() for word in (f"-{flag}", str(value)))]
     for pattern, count in {"teacher_logits/*/*.npz": 1, "students/*.pt": 3}.items():  # the teacher, a student alone, one distilled
         process = start_in_fork(SCRIPT, *words, COURSE_DATA=str(killed))
@@ -565,6 +578,7 @@ def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(st
 
     monkeypatch.setattr(training, "DATA", whole)
     monkeypatch.setattr(teachers, "DATA", whole)
+    monkeypatch.setattr(distill, "say_cost", lambda *_: None)  # it takes longest and changes nothing
     others = {"teacher": "train", "seeds": [0, 1], "seed": 0, "temperature": 4.0, "alpha": 0.9, "views": None, "widths": None}
     others |= {"sweep": False, "losses": False}
     threads = torch.get_num_threads()

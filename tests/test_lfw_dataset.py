@@ -406,7 +406,7 @@ def test_a_broken_image_ends_the_run_with_a_sentence(run_script, copy_of_faces):
 def endless_run(faces, tmp_path, start_script):
     """The script, loading a folder that keeps it busy for long; its process and its two workers, once they are there."""
     for number in range(400):
-        shutil.copytree(faces, tmp_path / "many" / str(number))
+        shutil.copytree(faces, tmp_path / "many" / str(number), copy_function=os.link)
     flags = [
         "-path_to_folder",
         tmp_path / "many",
