@@ -41,58 +41,71 @@ ROUNDS, STEPS = 7, 3  # rounds over all groups; steps of each kind a group measu
 # ---- one process of a group ------------------------------------------------------------------------------------------
 
 
-def measure_on_demand(connection, args) -> None:
-    """Build the training once, then measure a round for every True that comes; the first process sends what it measured."""
-    with contextlib.redirect_stdout(io.StringIO()):  # the parent has said which data this is
-        data = load_cifar10(args.data)["train"]
-    network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
-    model = DistributedDataParallel(network)
-    sent = ddp_train.count_bytes(model)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+class Steps:
+    """The training of ddp_train.py in one process of a group, a step at a time; numbers of steps choose the images."""
 
-    def step(number: int, synchronized: bool) -> float:
+    def __init__(self, args) -> None:
+        self.args = args
+        with contextlib.redirect_stdout(io.StringIO()):  # the parent has said which data this is
+            self.data = load_cifar10(args.data)["train"]
+        network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
+        self.model = DistributedDataParallel(network)
+        self.sent = ddp_train.count_bytes(self.model)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+
+    def step(self, number: int, synchronized: bool) -> float:
         """Seconds of one whole step, data and optimizer included."""
         begin = time.perf_counter()
-        [(images, labels)] = ddp_train.micro_batches(data, number, args)
-        if synchronized:
-            nn.functional.cross_entropy(model(images), labels).backward()
-        else:
-            with model.no_sync():
-                nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if args.device.type == "cuda":
+        [(images, labels)] = ddp_train.micro_batches(self.data, number, self.args)
+        with contextlib.nullcontext() if synchronized else self.model.no_sync():
+            nn.functional.cross_entropy(self.model(images), labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.args.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    def slowest(number: int, synchronized: bool) -> float:
+    def slowest(self, number: int, synchronized: bool) -> float:
         """Seconds of such a step on the slowest process."""
         dist.barrier()
-        seconds = torch.tensor(step(number, synchronized), device=args.device)
+        seconds = torch.tensor(self.step(number, synchronized), device=self.args.device)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds.item()
 
-    def alone(number: int) -> float:
+    def alone(self, number: int) -> float:
         """Seconds of such a step on the first process while the others wait; 0 on these."""
         dist.barrier()
-        seconds = step(number, False) if dist.get_rank() == 0 else 0.0
+        seconds = self.step(number, False) if dist.get_rank() == 0 else 0.0
         dist.barrier()
         return seconds
 
-    for number in range(2):  # warm-up: DDP arranges its buckets in the first step, memory is asked for
-        slowest(number, True)
-    while connection.recv():
-        sent["bytes"] = 0
-        times = [(slowest(number, True), slowest(number, False), alone(number)) for number in range(STEPS)]
-        row = dict(zip(("step_s", "compute_s", "alone_s"), map(statistics.median, zip(*times, strict=True)), strict=True))
-        row["bytes"] = sent["bytes"] // STEPS
-        gradients = torch.zeros(row["bytes"] // 4, device=args.device)
+    def allreduce(self, size: int) -> float:
+        """Seconds of an all-reduce of `size` bytes with nothing else to do."""
+        gradients = torch.zeros(size // 4, device=self.args.device)
         begin = time.perf_counter()
         for _ in range(STEPS):
             dist.all_reduce(gradients)
             gradients[0].item()  # waits for a GPU
+        return (time.perf_counter() - begin) / STEPS
+
+    def measure(self) -> dict:
+        """Medians of STEPS steps of each kind, and bytes a step."""
+        self.sent["bytes"] = 0
+        times = [(self.slowest(number, True), self.slowest(number, False), self.alone(number)) for number in range(STEPS)]
+        step_s, compute_s, alone_s = map(statistics.median, zip(*times, strict=True))
+        row = {"step_s": step_s, "compute_s": compute_s, "alone_s": alone_s, "bytes": self.sent["bytes"] // STEPS}
+        return row | {"allreduce_s": self.allreduce(row["bytes"])}
+
+
+def measure_on_demand(connection, args) -> None:
+    """Build the training once, then measure a round for every True that comes; the first process sends what it measured."""
+    steps = Steps(args)
+    for number in range(2):  # warm-up: DDP arranges its buckets in the first step, memory is asked for
+        steps.slowest(number, True)
+    while connection.recv():
+        measured = steps.measure()
         if dist.get_rank() == 0:
-            connection.send(row | {"allreduce_s": (time.perf_counter() - begin) / STEPS})
+            connection.send(measured)
 
 
 class Group:

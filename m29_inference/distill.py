@@ -44,7 +44,7 @@ from m29_inference.teacher import (
     load_pretrained,
     share_logits,
 )
-from m29_inference.training import BATCH, hard_loss, train, training_file
+from m29_inference.training import BATCH, hard_loss, say_convergence, train, training_file
 
 SMALL_WIDTHS = (16, 32, 64)  # 76,000: the student on the drawn sample, where that network is the teacher
 SAMPLE_EPOCHS = 4  # of the students on the drawn sample, which is learnt soon
@@ -94,6 +94,7 @@ def train_student(args, data, seed, epochs, views, key, soft=distillation_loss, 
     setting = (LOSS_CODE, code, key, args.temperature, args.alpha) if views else "alone"
     file = training_file(data, args.device, tuple(args.widths), epochs, seed, setting)
     rows = train(network, data["train"], epochs, seed, args.device, loss_of=loss_of, views=0, test=data["test"], file=file)
+    say_convergence(rows, epochs)
     return network, rows
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from cifar10 import Images, augment, load_cifar10, normalize
 from common import measure_alternately, new_parser, parse, positive_int, print_table, save_figure, save_results
 from m29_inference.network import WhitenedNet, new_network
-from m29_inference.training import BATCH, CPU, fast_format, hard_loss, train, training_file
+from m29_inference.training import BATCH, CPU, fast_format, hard_loss, say_convergence, train, training_file
 from machine import keep_memory
 
 WIDTHS, EPOCHS = (32, 64, 128), 8
@@ -36,6 +36,7 @@ def trained_student(data: dict[str, Images], epochs: int | None, seed: int, devi
     file = training_file(data, device, tuple(widths), epochs, seed)
     network = new_network(widths, data["train"], seed)
     rows = train(network, data["train"], epochs, seed, device, test=data["test"], file=file)
+    say_convergence(rows, epochs)
     return network.eval(), rows
 
 

@@ -70,6 +70,16 @@ def converged_at(rows: list[dict]) -> int | None:
     return None
 
 
+def say_convergence(rows: list[dict], epochs: int | None) -> None:
+    """How long a training to convergence took, where `epochs` did not say it before."""
+    if epochs is None:
+        half, seconds = len(rows) // 2, rows[-1]["train_s"]
+        fell = f"by less than {PLATEAU:.0%} in the last two of them" if len(rows) < MOST_EPOCHS else "to the last"
+        print(
+            f"converged: {half} epochs at the full learning rate, the loss fell {fell}; {half} while the rate fell to 0; {seconds:,.0f} s"
+        )
+
+
 def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_loss, views=None, test=None, file=None) -> list[dict]:
     """Train in place on Images; a row an epoch: epoch, loss (its mean), train_s (so far, without testing), accuracy on `test` if given.
 

@@ -131,6 +131,20 @@ def test_the_plateau_ends_the_full_rate_and_as_many_epochs_follow():
     assert rate(0.25, None) == 0.25 and rate(30, None) == 1
 
 
+def test_how_long_a_training_to_convergence_took_is_said(capsys):
+    losses = [1.0, 0.5, 0.3, 0.299, 0.298, 0.297, *6 * [0.2]]
+    rows = [{"loss": loss, "train_s": 10.0 * (epoch + 1)} for epoch, loss in enumerate(losses)]
+    assert converged_at(rows) == converged_at(rows[:5]) == 10
+    training.say_convergence(rows[:10], None)
+    said = (
+        "converged: 5 epochs at the full learning rate, the loss fell by less than 2% in the last two of them; 5 while the rate fell to 0"
+    )
+    assert capsys.readouterr().out == f"{said}; 100 s\n"
+    training.say_convergence(rows, 12)  # which the user wanted
+    training.say_convergence(MOST_EPOCHS * [{"loss": 0.1, "train_s": 1.0}], None)
+    assert capsys.readouterr().out.startswith(f"converged: {MOST_EPOCHS // 2} epochs at the full learning rate, the loss fell to the last;")
+
+
 def test_a_training_that_was_killed_ends_with_the_same_bits(tmp_path):
     class Killed(Exception):
         pass

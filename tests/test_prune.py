@@ -12,7 +12,7 @@ from torch import nn
 from cifar10 import ConvNet, Images
 from errors import InputError
 from m29_inference import prune as exercise
-from m29_inference import prune_accuracy, prune_formats, prune_structured
+from m29_inference import prune_accuracy, prune_formats, prune_structured, training
 from m29_inference.network import WhitenedNet
 from m29_inference.prune import LeNet, make_permanent, prunable, remove_masks, sparsity, sparsity_by_layer
 from m29_inference.prune_accuracy import prune_all
@@ -20,7 +20,7 @@ from m29_inference.prune_formats import break_even
 from m29_inference.prune_structured import cut, cut_to
 from m29_inference.shrink import links, rank, shrink, silence
 from m29_inference.sparse_files import FORMATS, load_sparse, save_sparse
-from m29_inference.student import WIDTHS
+from m29_inference.student import WIDTHS, copy_of
 from m29_inference.training import train
 
 SCRIPT = "m29_inference/prune.py"
@@ -238,6 +238,34 @@ def test_half_the_multiplications_are_not_exceeded(network):
     from m29_inference.macs import gmacs
 
     assert 0.35 < gmacs(cut_to(network, 0.5)[0], 32) / gmacs(network, 32) <= 0.5
+
+
+def test_a_fine_tuning_that_was_killed_ends_with_the_same_bits_and_zeros(network, monkeypatch, tmp_path):
+    """Of two parts, two epochs each, the second is killed after its first epoch; then all begins again."""
+    noise = Images(torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8), torch.arange(256) % 10, tuple("abcdefghij"), "noise")
+    data, args, keep = {"train": noise, "test": noise[:50]}, SimpleNamespace(seed=0), training.keep
+
+    def tuned(folder) -> dict:
+        monkeypatch.setattr(training, "DATA", tmp_path / folder)
+        pruned = copy_of(network)
+        for part in range(2):
+            prune_all(pruned, 0.5)
+            prune_accuracy.tune(pruned, data, args, 2, part=part)
+        return pruned.state_dict()
+
+    def kill(file, *parts):
+        keep(file, *parts)
+        if len(list(file.parent.glob("[!.]*.pt"))) == 2:
+            raise KeyboardInterrupt
+
+    whole = tuned("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "keep", kill)
+        tuned("killed")
+    again = tuned("killed")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    masks = torch.cat([value.flatten() for name, value in whole.items() if "mask" in name])
+    assert (masks == 0).double().mean().item() == pytest.approx(0.75, abs=1e-3)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
