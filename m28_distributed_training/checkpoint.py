@@ -3,6 +3,8 @@
 One file holds everything that the next step depends on: model, optimizer, scheduler, step, random state, and the settings that must
 not change on the way. It is written beside the old one and moved over it, so that there is always one that is whole. The first
 process of each machine writes one; on resuming, the newest of all machines is sent to everybody: a machine that was away catches up.
+The random state is that of the writer's CPU, which sets nothing here but first parameters: order and augmentation are functions of the
+step. A network with dropout would need one for each process, and torch.cuda.get_rng_state() for each GPU.
 """
 
 import pickle
@@ -60,6 +62,11 @@ def load_checkpoint(file: Path, settings: dict) -> dict | None:
     Called by all processes together. `settings` are those of this run: a state saved with others is refused, with the reason.
     """
     state = read_checkpoint(file)
+    if isinstance(state, dict):
+        try:
+            check_settings(file, state["settings"], settings)
+        except InputError as error:  # on this machine perhaps alone: its file shall not be written over
+            state = str(error)
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, state["step"] if isinstance(state, dict) else state)  # a step, a complaint or None from each process
     if complaints := [complaint for complaint in found if isinstance(complaint, str)]:
@@ -69,7 +76,6 @@ def load_checkpoint(file: Path, settings: dict) -> dict | None:
     newest = max(range(len(found)), key=lambda rank: -1 if found[rank] is None else found[rank])
     box = [state if dist.get_rank() == newest else None]
     dist.broadcast_object_list(box, src=newest)
-    check_settings(file, box[0]["settings"], settings)
     return box[0]
 
 

@@ -17,9 +17,9 @@ import statistics
 import sys
 import tempfile
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -31,6 +31,7 @@ from cifar10 import ConvNet, load_cifar10
 from common import print_table, save_figure, save_results, spread
 from errors import InputError
 from m28_distributed_training import ddp_train
+from m28_distributed_training.ddp_benchmark_report import plot, say
 from m28_distributed_training.launch import run_rank, start_quietly
 from m28_distributed_training.traffic import ddp_bytes, parameter_bytes
 from machine import usable_cores
@@ -126,18 +127,27 @@ class Group:
             theirs.close()
 
     def round(self) -> dict:
-        try:
+        """What the first process measured; InputError when one of them ended, also one that waited too long for another that hangs."""
+        with contextlib.suppress(EOFError, ConnectionError):  # one has ended
             for connection in self.connections:
                 connection.send(True)
-            return self.connections[0].recv()
-        except (EOFError, ConnectionError):
-            raise InputError(f"a process of the group of {self.processes} ended: look above for the reason") from None
+            wait([self.connections[0], *(member.sentinel for member in self.members)])
+            if self.connections[0].poll():
+                return self.connections[0].recv()
+        wait([member.sentinel for member in self.members])
+        codes = {rank: member.exitcode for rank, member in enumerate(self.members) if member.exitcode is not None}
+        ways = [f"rank {rank} was killed by signal {-code}" for rank, code in codes.items() if code < 0]
+        why = ways[0] if ways else "look above for the reason"
+        raise InputError(f"a process of the group of {self.processes} ended: {why}")
 
     def close(self) -> None:
+        """End the processes; those that do not, or hang, are killed."""
         for connection in self.connections:
-            connection.send(False)
+            with contextlib.suppress(ConnectionError):
+                connection.send(False)
         for member in self.members:
-            member.join()
+            member.join(timeout=2)
+            member.kill()
 
 
 # ---- all groups in turn ----------------------------------------------------------------------------------------------
@@ -153,16 +163,19 @@ def benchmark(args) -> None:
     rounds = 2 if args.quick else ROUNDS
     print(f"{rounds} rounds of {STEPS} steps of {args.batch_size} images in turn; (processes, threads): {shapes}")
     with tempfile.TemporaryDirectory() as folder:
-        groups = [Group(args, *shape, Path(folder)) for shape in shapes]
-        runs = {shape: [] for shape in shapes}
-        for _ in tqdm(range(rounds), "rounds"):
-            for shape, group in zip(shapes, groups, strict=True):
-                runs[shape].append(group.round())
-        for group in groups:
-            group.close()
+        groups, runs = [], {shape: [] for shape in shapes}
+        try:
+            for shape in shapes:
+                groups.append(Group(args, *shape, Path(folder)))
+            for _ in tqdm(range(rounds), "rounds"):
+                for shape, group in zip(shapes, groups, strict=True):
+                    runs[shape].append(group.round())
+        finally:
+            for group in groups:
+                group.close()
     rows = [summary(shape, runs, args.batch_size, parameters) for shape in shapes]
     print_table([{key: value for key, value in row.items() if not key.startswith("runs_")} for row in rows])
-    say(rows, args)
+    say(rows)
     save_figure(plot(rows), ddp_train.__file__, "speedup", args, f"{args.batch_size} images a step, {rounds} rounds of {STEPS} steps")
     save_results(ddp_train.__file__, args, rows)
 
@@ -194,58 +207,3 @@ def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int
         "ring_bytes_each": ddp_bytes(shape[0], parameters),
         "runs_speedup": speedups,
     }
-
-
-def say(rows: list[dict], args) -> None:
-    """What the table means: efficiency, and whether processes or threads are the better use of the same cores."""
-    best = [row for row in rows if row["efficiency"]][-1]
-    print(
-        f"{best['processes']} processes: {best['speedup']:.2f}x one process, {best['efficiency']:.0%} of the ideal {best['processes']}x; ",
-        end="",
-    )
-    print(f"the all-reduce adds {best['allreduce_share']:.1%} to the step and is handed {best['bytes_per_step']:,} bytes, ", end="")
-    print(f"{4 * best['bytes_per_step'] / best['formula_bytes']:g} a parameter")  # formula_bytes: 4 of each
-    if best["processes"] > 1:
-        ideal = rows[0]["step_ms"] / best["processes"]
-        print(
-            f"where the rest goes: {ideal:.0f} ms would be ideal; a process's part takes {best['alone_ms']:.0f} ms while the others wait, "
-            f"{best['compute_ms']:.0f} ms while all compute, {best['step_ms']:.0f} ms with the all-reduce"
-        )
-    threaded = rows[-1]
-    if threaded is not best and threaded["efficiency"] is None:
-        ratios = [mine / theirs for mine, theirs in zip(best["runs_speedup"], threaded["runs_speedup"], strict=True)]
-        verdict = "faster" if min(ratios) > 1 else "slower" if max(ratios) < 1 else "cannot tell"
-        said = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), {verdict}"
-        print(f"{best['processes']} processes of {best['threads']} threads against one of {threaded['threads']} threads: {said}")
-
-
-def plot(rows: list[dict]) -> plt.Figure:
-    """Speed-up over processes beside the ideal line, every round a dot; and a step's time in three parts."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5))
-    scaled, threaded = [row for row in rows if row["efficiency"]], [row for row in rows if not row["efficiency"]]
-    counts = [row["processes"] for row in scaled]
-    left.plot(counts, counts, "--", color="grey", label="ideal")
-    left.plot(counts, [row["speedup"] for row in scaled], "o-", color="tab:blue", label="median")
-    for row in scaled:
-        left.plot([row["processes"]] * len(row["runs_speedup"]), row["runs_speedup"], ".", color="tab:blue", alpha=0.4)
-        left.annotate(f"{row['efficiency']:.0%}", (row["processes"], row["speedup"]), (6, -14), textcoords="offset points", fontsize=9)
-    for row in threaded:
-        left.plot(
-            row["threads"] / scaled[0]["threads"], row["speedup"], "s", color="tab:orange", label=f"1 process, {row['threads']} threads"
-        )
-    left.set(xlabel="processes", ylabel="speed-up over one process", xticks=counts, xlim=(0.7, counts[-1] + 0.3), ylim=(0, None))
-    left.legend()
-    names = [f"{row['processes']} x {row['threads']}" for row in rows]
-    bottom = [0.0] * len(rows)
-    for label, colour, share_of in (
-        ("compute (data, forward, backward, optimizer), alone", "tab:blue", lambda row: 1 - row["sharing_share"] - row["allreduce_share"]),
-        ("extra while the others compute, too", "tab:orange", lambda row: row["sharing_share"]),
-        ("all-reduce that is not hidden", "tab:red", lambda row: row["allreduce_share"]),
-    ):
-        heights = [row["step_ms"] * share_of(row) for row in rows]
-        right.bar(names, heights, bottom=bottom, color=colour, label=label)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    right.set(xlabel="processes x threads", ylabel="ms a step", ylim=(0, max(row["step_ms"] for row in rows) * 1.25))
-    right.legend(fontsize=8)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    return figure

@@ -86,10 +86,10 @@ def train(args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        clock = clock or time.perf_counter()  # after the first step, in which memory is asked for and buckets are arranged
         if reports.due(step) or step + 1 == steps:
             mean_loss, stopped = reports.agree(step)  # distributed
             bar.set_postfix(loss=f"{mean_loss:.3f}")
+        clock = clock or time.perf_counter()  # after the first step, in which memory is asked for; agree() has waited for a GPU
         if args.checkpoint and ((step + 1) % args.every == 0 or stopped or step + 1 == steps):
             kept = save_checkpoint(args.checkpoint, {"step": step + 1, "settings": settings, **state_of(network, optimizer, scheduler)})
         if stopped:

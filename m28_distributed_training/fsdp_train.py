@@ -12,9 +12,7 @@ the parameters' bytes a step, DDP's all-reduce twice. The loop is ddp_train.py's
 """
 
 import contextlib
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -66,7 +64,7 @@ def shard_network(network: nn.Module, args) -> nn.Module:
 
 
 def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
-    """The loop of ddp_train.py, sharded or not: what each process holds, images/s and the parameters at the end; None when stopped."""
+    """The loop of ddp_train.py, sharded or not: what each process holds and sends, and the parameters at the end; None when stopped."""
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
     torch.manual_seed(args.seed)  # the same first parameters in all processes, sharded or not
     network = ConvNet(args.widths, "group").to(args.device)
@@ -76,10 +74,9 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
     settings, reports = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, Reports(args, stop)
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
-    mean_loss, held, seconds, sent, stopped, kept = None, {}, [], BytesSent(), False, False
+    mean_loss, held, sent, stopped, kept = None, {}, BytesSent(), False, False
     said = {"desc": "sharded" if shard else "DDP", "unit": "step", "disable": dist.get_rank() != 0}
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, **said)):
-        begin = time.perf_counter()
         with sent if step == first else contextlib.nullcontext():  # counts what the first step sends
             for number, (images, labels) in enumerate(micro_batches(data["train"], step, args), 1):
                 last = number == args.accumulate
@@ -95,9 +92,6 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
         held = held or held_bytes(model, optimizer, sent)
         optimizer.zero_grad()
         scheduler.step()
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
         if reports.due(step) or step + 1 == steps:
             mean_loss, stopped = reports.agree(step)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
@@ -106,9 +100,9 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
             return None
-    held, seconds = held or held_bytes(model, optimizer, sent), seconds or [None]  # where a finished run was resumed
+    held = held or held_bytes(model, optimizer, sent)  # where a finished run was resumed
     moved = {"sent_mb": sent.by_ring(dist.get_world_size()) / 1e6 or None, "formula_mb": formula(args, P, shard) / 1e6}
-    return {"held": held, **moved, "seconds": statistics.median(seconds), "parameters": full_parameters(model), "loss": mean_loss}
+    return {"held": held, **moved, "parameters": full_parameters(model), "loss": mean_loss}
 
 
 def formula(args, P: int, shard: bool) -> int:
@@ -176,8 +170,7 @@ def report(args, data: dict, sharded: dict, whole: dict | None) -> None:
         correct = evaluate(network, data["test"], args)
         held = {f"{key}_mb": count / 1e6 for key, count in run["held"].items()}
         row = {"variant": name, "processes": world, **held, "held_mb": sum(held.values()), "sent_mb": run["sent_mb"]}
-        row |= {"formula_mb": run["formula_mb"], "images_per_s": run["seconds"] and args.batch_size / run["seconds"]}
-        row |= {"loss": run["loss"], "accuracy": correct / len(data["test"])}
+        row |= {"formula_mb": run["formula_mb"], "loss": run["loss"], "accuracy": correct / len(data["test"])}
         rows.append(row | {"parameters_sha256": fingerprint(network)})
     if dist.get_rank():
         return

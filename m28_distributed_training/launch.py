@@ -79,15 +79,16 @@ def run_processes(worker, args) -> bool:
             names = [f"rank {rank}" for rank in range(args.nproc)]
             ranks = [context.Process(target=run_rank, args=(worker, args, rank, store), name=name) for rank, name in enumerate(names)]
             signal.signal(signal.SIGTERM, lambda *_, ranks=ranks: told.append([process.terminate() for process in ranks if process.pid]))
-            start_quietly(ranks)
-            for process in ranks if told else []:  # while they were started
-                process.terminate()
             try:
+                start_quietly(ranks)
+                for process in ranks if told else []:  # while they were started
+                    process.terminate()
                 first = watch(ranks)
             finally:
                 for process in ranks:
-                    process.kill()
-                    process.join()
+                    if process.pid:  # has been started
+                        process.kill()
+                        process.join()
         if first is None:
             return True
         if first.exitcode == BAD_INPUT:  # which has been said, and stays bad
@@ -106,9 +107,13 @@ def run_processes(worker, args) -> bool:
 def start_quietly(processes: list) -> None:
     """Start them with Ctrl-C ignored, which they inherit, so that they say nothing about it while they import torch: the parent speaks."""
     meant = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for process in processes:
-        process.start()
-    signal.signal(signal.SIGINT, meant)
+    try:
+        for process in processes:
+            process.start()
+    except OSError as error:
+        raise InputError(f"{process.name} could not be started ({error.strerror}): start fewer processes, with -nproc") from error
+    finally:
+        signal.signal(signal.SIGINT, meant)
 
 
 def watch(ranks: list):
@@ -157,7 +162,7 @@ def run_or_say_why(worker, args, rank: int, store: Path | None) -> None:
     try:
         join_and_run(worker, args, rank, store)
     except InputError as error:
-        let_the_first_speak(rank if store else None)
+        let_the_first_speak(rank if store else 0)  # one_sentence() itself waits under torchrun
         one_sentence(InputError, error, None)
         leave(BAD_INPUT)
     except OSError as error:
@@ -166,7 +171,7 @@ def run_or_say_why(worker, args, rank: int, store: Path | None) -> None:
         one_sentence(OSError, error, None)  # the disk is full, and would be after a restart
         leave(BAD_INPUT)
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in LOST):
+        if "CUDA error" in str(error) or not any(sign in str(error) for sign in LOST):
             raise
         other = f"rank {1 - rank}" if world_size(args) == 2 else "that rank"
         reason = re.sub(r"^.*?\[[^]]*:\d+\] ", "", str(error).splitlines()[0])[:150]  # without the place in gloo's code
@@ -207,6 +212,7 @@ def join_and_run(worker, args, rank: int, store: Path | None) -> None:
     if args.device.type == "cuda":
         args.device = torch.device("cuda", local_rank(rank) % torch.cuda.device_count())
         torch.cuda.set_device(args.device)
+        torch.backends.cudnn.deterministic = True  # no algorithm that adds up in another order each time
     timeout = timedelta(seconds=args.timeout_s)
     if store is None:
         place, rank, world = meet(timeout)

@@ -37,7 +37,8 @@ def ddp_bytes(k: int, P: int) -> int:
 def fsdp_bytes(k: int, P: int, micro_batches: int = 1) -> int:
     """Bytes that each process sends in one fully sharded step: two all-gathers a micro-batch and one reduce-scatter.
 
-    With one micro-batch 1.5 times DDP's. FSDP2 sends a little less: what is gathered last is used again at once, so not forgotten between.
+    With one micro-batch 1.5 times DDP's. FSDP2 sends a little less: the layers of the outermost group, here the head, are gathered once,
+    for they are kept from the forward to the backward pass.
     """
     return (2 * micro_batches + 1) * (k - 1) * P // k
 

@@ -5,7 +5,6 @@ import errno
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +107,7 @@ def test_one_process_with_two_micro_batches_computes_the_same_bits(undisturbed, 
     assert row["loss"] == pytest.approx(undisturbed["loss"], rel=1e-6)  # of all images, not of those of one process
 
 
+@posix  # torchrun's meeting place needs libuv, which torch for Windows lacks
 def test_torchrun_starts_the_same_file_and_repeats_the_run(undisturbed, tmp_path):
     environment = {**os.environ, "COURSE_RESULTS": str(tmp_path)}
     command = stress_ddp.command("ddp_train.py", "torchrun", [])
@@ -222,12 +223,35 @@ def test_the_benchmark_refuses_what_it_could_not_use(check_refusals):
     )
 
 
-def test_a_process_of_the_benchmark_that_ended_is_a_sentence():
-    group, (ours, theirs) = ddp_benchmark.Group.__new__(ddp_benchmark.Group), multiprocessing.Pipe()
-    group.processes, group.connections = 2, [ours]
-    theirs.close()  # as when that process ended
-    with pytest.raises(InputError, match="a process of the group of 2 ended: look above for the reason"):
-        group.round()
+@posix
+@pytest.mark.parametrize("stop", [psutil.Process.kill, psutil.Process.suspend])
+def test_a_process_of_the_benchmark_that_ends_or_hangs_is_a_sentence(start_in_fork, tmp_path, stop):
+    flags = ("-widths", 8, 16, 32, "-num_threads", 1, "-timeout_s", 3)
+    process = start_in_fork(SCRIPT, "-quick", "-benchmark", *flags, COURSE_RESULTS=str(tmp_path))
+    while process.is_alive() and len(ranks := stress_ddp.Run.ranks(SimpleNamespace(process=process))) < 4:
+        time.sleep(0.005)
+    stop(ranks[1])  # the first of the group of two
+    _, said = end(process)
+    assert process.exitcode == 1 and "Traceback" not in said and psutil.wait_procs(ranks, timeout=1)[1] == []
+    assert "error: a process of the group of 2 ended: " in said
+    assert ("rank 0 was killed by signal 9" if stop == psutil.Process.kill else "rank 1: another rank ended first") in said
+
+
+def test_a_process_that_cannot_be_started_ends_those_that_were():
+    """And Ctrl-C means again what it did."""
+    started, begin, meant = [], SpawnProcess.start, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def start(process):
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        begin(process)
+        started.append(process)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=r"rank 1 could not be started \(Resource temp.*-nproc"):
+        patch.setattr(SpawnProcess, "start", start)
+        launch.run_processes(time.sleep, SimpleNamespace(nproc=2, max_restarts=0, checkpoint=None))
+    signal.signal(signal.SIGTERM, meant[1])
+    assert not started[0].is_alive() and signal.getsignal(signal.SIGINT) == meant[0]
 
 
 def test_a_step_is_split_into_its_parts():
@@ -496,6 +520,16 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(saved, change, s
     with pytest.raises(InputError, match=said):
         checkpoint.load_checkpoint(saved.file, saved.settings | change)
     assert saved.file.read_bytes() == before
+
+
+def test_a_foreign_checkpoint_is_refused_where_another_machine_has_a_newer_one_of_this_run(saved, monkeypatch):
+    def gather(found, ours):
+        found[:] = [30, ours]  # the other machine's is of step 30
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(InputError, match="belongs to another run: seed 0 there and 1 here"):
+        checkpoint.load_checkpoint(saved.file, saved.settings | {"seed": 1})
 
 
 def test_a_file_that_is_no_checkpoint_is_never_written_over(saved, tmp_path):

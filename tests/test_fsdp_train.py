@@ -52,6 +52,15 @@ def test_a_process_holds_two_fifths_of_what_ddps_does_and_sends_one_and_a_half_t
     assert sharded["sent_mb"] == pytest.approx(1.5 * P - head / 2)  # the head is gathered once, not twice
 
 
+def test_accumulating_in_bfloat16_gathers_for_every_micro_batch_and_ends_with_ddps_bits(run_in_fork, tmp_path):
+    done = run_in_fork(SCRIPT, *FLAGS[2:], "-steps", 4, "-batch_size", 32, "-accumulate", 2, "-bf16", COURSE_RESULTS=str(tmp_path))
+    assert done.returncode == 0 and "parameters of both after the last step: the same bits" in done.stdout, done.stderr
+    ddp, sharded = json.loads((tmp_path / "fsdp_train.json").read_text())["rows"]
+    P, head = 4 * 18_626 / 1e6, 4 * (32 * 10 + 10) / 1e6
+    assert (ddp["sent_mb"], sharded["formula_mb"]) == (P, 2.5 * P)  # two micro-batches gather twice each, and one reduce-scatter
+    assert sharded["sent_mb"] == pytest.approx(2.5 * P - 2 * head / 2)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 def test_kill_9_changes_no_bit(undisturbed, forked_run):
     lost, _ = stress_ddp.trial("fsdp_train.py", "nproc", False, parameters_of(undisturbed.said), random.Random(0), forked_run)
