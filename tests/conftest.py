@@ -32,6 +32,16 @@ def pytest_unconfigure():
     shutil.rmtree(TEMPORARY, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """A test that calls parse() with -num_threads changes nothing for those that follow."""
+    torch = sys.modules.get("torch")
+    threads = torch and torch.get_num_threads()
+    yield
+    if torch:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def run_script():
     """Run a script as a learner would: run_script("m27_data_loading/cpu_layout.py", "-seed", "1").stdout."""

@@ -266,10 +266,8 @@ def test_kill_9_and_again(start_in_fork, run_script, results, tmp_path, monkeypa
     assert speed["x_plain"] > 0 and (results / "student_accuracy.png").exists()
 
     monkeypatch.setattr(training, "DATA", tmp_path / "whole")
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _, undisturbed = student.trained_student(student.quick_part(load_cifar10(few_shapes)), 2, 0, CPU, (8, 8, 8))
-    torch.set_num_threads(threads)
     kept = ("epoch", "loss", "accuracy")
     assert [[row[key] for key in kept] for row in rows] == [[row[key] for key in kept] for row in undisturbed] and len(rows) == 2
 
@@ -595,10 +593,8 @@ def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(
     monkeypatch.setattr(distill, "say_cost", lambda *_: None)  # it takes longest and changes nothing
     others = {"teacher": "train", "seeds": [0, 1], "seed": 0, "temperature": 4.0, "alpha": 0.9, "views": None, "widths": None}
     others |= {"sweep": False, "losses": False}
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     undisturbed = distill.main(Namespace(**flags, **others, quick=True, show=False, device=CPU))
-    torch.set_num_threads(threads)
     assert [row["accuracy"] for row in rows] == [row["accuracy"] for row in undisturbed] and len(rows) == 5
     files = {folder: sorted(file.name for file in (folder / "students").iterdir()) for folder in (killed, whole)}
     assert files[killed] == files[whole] and len(files[whole]) == 5
