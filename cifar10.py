@@ -15,7 +15,7 @@ from torch import nn
 from data.hub import read_dataset
 from data.sample import SAMPLE_CLASSES, cifar10_sample
 from errors import InputError
-from paths import DATA
+from paths import DAMAGED, DATA
 
 SAMPLE_NAME = "the drawn sample"
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)  # of the real training images, a value a channel
@@ -77,8 +77,11 @@ def from_torchvision(folder: Path, split: str) -> Images:
 
 
 def from_sample(folder: Path, split: str) -> Images:
-    with np.load(folder / f"{split}.npz") as arrays:
-        return Images(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]), SAMPLE_CLASSES, SAMPLE_NAME)
+    try:
+        with np.load(folder / f"{split}.npz") as arrays:
+            return Images(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]), SAMPLE_CLASSES, SAMPLE_NAME)
+    except DAMAGED as error:
+        raise InputError(f"{folder / split}.npz is missing or damaged: remove the folder, and leave -data out to draw it anew") from error
 
 
 def stratified(data: Images, n: int) -> Images:

@@ -18,6 +18,11 @@ def under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line of at most 150 characters."""
+    return str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+
+
 def let_the_first_speak(number: int | None = None) -> None:
     """Wait, in all but the first of the processes that were started together: what it found as well is said by then, and this one ended.
 

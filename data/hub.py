@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, or a folder in its form, through the library `datasets`; images are decoded once and kept."""
 
 import contextlib
+import errno
 import functools
 import os
 import sys
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from data.fetch import online
-from errors import InputError
+from errors import InputError, first_line
 from paths import DAMAGED, DATA, atomic_path
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -38,10 +39,19 @@ def read_dataset(source: str) -> dict[str, tuple]:
             disable_progress_bars()
         found = load_dataset(source)
     except Exception as error:  # the library raises its own classes of many modules
+        refuse_full_disk(error)
         where = "no data set in this folder" if here else "no such folder, and not to be had from the hub"
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise InputError(f"-data {source}: {where} ({reason}); {hint}") from error
-    return {split: from_rows(found, split, source) for split in ("train", "test")}
+        raise InputError(f"-data {source}: {where} ({first_line(error)}); {hint}") from error
+    splits = {split: from_rows(found, split, source) for split in ("train", "test")}
+    if (train := splits["train"][2]) != (test := splits["test"][2]):
+        raise InputError(f"-data {source}: the classes of train are {', '.join(train)}, those of test {', '.join(test)}")
+    return splits
+
+
+def refuse_full_disk(error: Exception) -> None:
+    """InputError where this is what a library, or the system below it, says of a full disk."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "enough disk space" in str(error):
+        raise InputError(f"the disk is full ({first_line(error)}): free some space and run again") from error
 
 
 @functools.cache
@@ -88,6 +98,8 @@ def from_rows(found, split: str, source: str) -> tuple:
 def number_labels(rows, source: str) -> tuple[tuple[str, ...], torch.Tensor]:
     """The names of the classes, and the number of each row's, int64 (n,); the column may hold numbers from 0 on, others, or names."""
     values, names = list(rows["label"]), getattr(rows.features["label"], "names", None)
+    if values and not isinstance(values[0], int | str | None):
+        raise InputError(f"-data {source}: the column label holds {values[0]!r:.40}, where numbers or names are expected")
     kinds = range(len(names)) if names else sorted({value for value in values if value is not None})
     number = {kind: place for place, kind in enumerate(kinds)}
     if unknown := [place for place, value in enumerate(values) if value not in number]:
@@ -116,7 +128,7 @@ def decode_once(rows, source: str) -> np.ndarray:
         for image in tqdm(rows["img"], f"decoding {len(rows):,} images", leave=False):
             pictures.append(np.asarray(image.convert("RGB")))
     except (OSError, SyntaxError, ValueError, AttributeError) as error:  # Pillow's, and that of something that is no image
-        raise InputError(f"-data {source}: image {len(pictures):,} cannot be read ({str(error).splitlines()[0][:100]})") from error
+        raise InputError(f"-data {source}: image {len(pictures):,} cannot be read ({first_line(error)})") from error
     if len({picture.shape for picture in pictures}) > 1:
         raise InputError(f"the images of -data {source} differ in size: 32x32 images are expected")
     images = np.stack(pictures).transpose(0, 3, 1, 2).copy()

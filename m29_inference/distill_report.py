@@ -58,7 +58,8 @@ def say(table: list[dict], curves: dict[str, list]) -> None:
     print_table([{key: row.get(key) for key in columns} for row in summary])
     pairs = list(zip(curves[DISTILLED], curves[ALONE], strict=True))
     mean, half = gain([distilled[-1]["accuracy"] - alone[-1]["accuracy"] for distilled, alone in pairs])
-    verdict = "better" if mean > half else "worse" if mean < -half else "cannot tell"
+    # two seeds that differ by as many images say nothing about chance
+    verdict = "cannot tell" if not half else "better" if mean > half else "worse" if mean < -half else "cannot tell"
     print(f"distillation: {mean * 100:+.2f} points, 95 % interval {(mean - half) * 100:+.2f} to {(mean + half) * 100:+.2f}: {verdict}")
 
 

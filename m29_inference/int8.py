@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from errors import InputError
+from errors import InputError, first_line
 from machine import cpu_has
 
 ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)
@@ -66,11 +66,6 @@ def why_not_compiled() -> str | None:
 def has_compiler() -> bool:
     """Whether there is a C++ compiler that works, without which PyTorch's compiler makes no CPU code."""
     return why_not_compiled() is None
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, in one line of at most 150 characters."""
-    return str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
 
 
 def quiet() -> contextlib.ExitStack:

@@ -20,9 +20,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
 from common import Timing, measure_alternately, print_table, save_figure
-from errors import InputError
+from errors import InputError, first_line
 from m29_inference import prune as exercise
-from m29_inference.int8 import first_line
 from m29_inference.prune import remove_masks
 from m29_inference.prune_accuracy import prune_all
 from m29_inference.quantize_report import times_as_fast
@@ -32,6 +31,7 @@ from m29_inference.student import copy_of, student_and_data
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 QUICK_SPARSITIES = (0.0, 0.5, 0.9, 0.99)
 LINEAR = 512  # inputs and outputs of the linear layer
+ROUNDS = 9  # of a measurement
 CPU = torch.device("cpu")
 
 
@@ -86,7 +86,8 @@ def time_convolutions(network: nn.Module, data: dict) -> list[dict]:
         for net in nets.values():
             remove_masks(net)
         with torch.inference_mode():
-            timings = measure_alternately({sparsity: (lambda net=net, images=images: net(images)) for sparsity, net in nets.items()}, CPU)
+            calls = {sparsity: (lambda net=net, images=images: net(images)) for sparsity, net in nets.items()}
+            timings = measure_alternately(calls, CPU, ROUNDS)
         for sparsity, timing in timings.items():
             row = {"format": "dense", "layer": "student", "sparsity": sparsity, "batch": batch, "latency_ms": timing.median_ms}
             rows.append(row | {"against_dense": times_as_fast(timing.runs_ms, timings[0.0].runs_ms, "no zeros") if sparsity else None})
@@ -120,7 +121,7 @@ def time_csr(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Timing]:
             raise InputError(f"a linear layer as CSR is left out, this torch cannot compute it ({first_line(error)})") from error
         if not torch.allclose(calls["dense"](), ours, atol=1e-3):
             raise RuntimeError("CSR computes something else")
-        return measure_alternately(calls, CPU)
+        return measure_alternately(calls, CPU, ROUNDS)
 
 
 def measure(args) -> list[dict]:
@@ -142,7 +143,7 @@ def measure(args) -> list[dict]:
     times = time_convolutions(network, data)
     try:
         linear = time_linear(torch.Generator().manual_seed(args.seed), sparsities[-len(sparsities) // 2 :])
-        save_figure(plot_linear(linear), exercise.__file__, "linear", args, "5 repeats in turn, median")
+        save_figure(plot_linear(linear), exercise.__file__, "linear", args, f"{ROUNDS} repeats in turn, median")
         times += linear
     except InputError as error:
         print(error)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
 from common import measure_alternately, print_table, save_figure
+from errors import InputError
 from m29_inference import prune as exercise
 from m29_inference.macs import gmacs
 from m29_inference.prune_accuracy import tune
@@ -74,13 +75,17 @@ def say_why_the_bias_counts(network: nn.Module) -> None:
 
 
 def cut_to(network: nn.Module, macs: float) -> tuple[nn.Module, float]:
-    """The largest cut() that leaves at most `macs` of the multiplications, all layers losing the same share of their channels."""
+    """The largest cut() that leaves at most `macs` of the multiplications, all layers losing the same share of their channels.
+
+    InputError where even the narrowest layers, of UNIT channels, leave more.
+    """
     full = gmacs(network, 32)
     for share in (step / 64 for step in range(63, 0, -1)):
         small = cut(network, share)
-        if gmacs(small[0], 32) <= macs * full:
-            break
-    return small
+        left = gmacs(small[0], 32) / full
+        if left <= macs:
+            return small
+    raise InputError(f"with UNIT {UNIT} at least {left:.2f} of the multiplications are left, not {macs}: take a smaller one")
 
 
 def time_both(full: nn.Module, small: nn.Module, data: dict) -> list[dict]:

@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import measure_alternately, print_table, save_figure
-from errors import InputError
+from errors import InputError, first_line
 from m29_inference import quantize
 from m29_inference.int8 import (
     compile_to_file,
-    first_line,
     has_compiler,
     import_quantizer,
     int8_calls,

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from m29_inference.int8 import ANY_BATCH, first_line, has_vnni, quiet
+from errors import first_line
+from m29_inference.int8 import ANY_BATCH, has_vnni, quiet
 
 
 class Peer(NamedTuple):

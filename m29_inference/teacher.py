@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import SAMPLE_NAME, Images, augment, normalize, stratified
-from data.hub import HUB_ID, class_name, fetched_before, hub_reached
-from errors import InputError
+from data.hub import HUB_ID, class_name, fetched_before, hub_reached, refuse_full_disk
+from errors import InputError, first_line
 from m29_inference import student
-from m29_inference.int8 import first_line, quiet
+from m29_inference.int8 import quiet
 from m29_inference.training import fast_format, fingerprint
 from paths import DAMAGED, DATA, atomic_path
 
@@ -74,16 +75,6 @@ class Mirrored(nn.Module):
         return (self.network(images) + self.network(images.flip(3))) / 2
 
 
-def own_teacher(data: dict[str, Images], widths: tuple, epochs: int | None, seed: int, device: torch.device) -> Teacher:
-    """Our network of these widths, trained on these data on first use; it looks at every image in both directions."""
-    network, _ = student.trained_student(data, epochs, seed, device, widths)
-
-    def prepare(images: torch.Tensor) -> torch.Tensor:
-        return normalize(images).contiguous(memory_format=torch.channels_last)
-
-    return Teacher("teacher", Mirrored(network).eval(), prepare, device, "normalize; mirrored")
-
-
 class Pretrained(nn.Module):
     """A classifier of the library transformers as a plain network: what its processor made of images -> logits (n, classes)."""
 
@@ -93,6 +84,19 @@ class Pretrained(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.classifier(pixel_values=pixels).logits[:, self.order]
+
+
+CODE = {part: inspect.getsource(part) for part in (Mirrored, Pretrained)}  # of another one the logits are others
+
+
+def own_teacher(data: dict[str, Images], widths: tuple, epochs: int | None, seed: int, device: torch.device) -> Teacher:
+    """Our network of these widths, trained on these data on first use; it looks at every image in both directions."""
+    network, _ = student.trained_student(data, epochs, seed, device, widths)
+
+    def prepare(images: torch.Tensor) -> torch.Tensor:
+        return normalize(images).contiguous(memory_format=torch.channels_last)
+
+    return Teacher("teacher", Mirrored(network).eval(), prepare, device, f"normalize; {CODE[Mirrored]}")
 
 
 def load_pretrained(source: str):
@@ -115,6 +119,7 @@ def load_pretrained(source: str):
             classifier = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)  # a file may hold bfloat16
             return AutoImageProcessor.from_pretrained(source), classifier.eval()
         except Exception as error:  # the library raises errors of many kinds
+            refuse_full_disk(error)
             where = "no image classifier in this folder" if here else "not to be had from the hub"
             raise InputError(f"-teacher {source}: {where} ({first_line(error)})") from error
 
@@ -126,7 +131,7 @@ def pretrained_teacher(source: str, processor, classifier: nn.Module, data: Imag
     def prepare(images: torch.Tensor) -> torch.Tensor:
         return processor(images=images, return_tensors="pt", device=device)["pixel_values"]
 
-    settings = f"{processor.to_json_string()} {classifier.config.to_json_string()} {order}"
+    settings = f"{processor.to_json_string()} {classifier.config.to_json_string()} {order} {CODE[Pretrained]}"
     return Teacher(source, Pretrained(classifier, order).to(device).eval(), prepare, device, settings, batch=50)
 
 
@@ -211,9 +216,10 @@ def compute_logits(teacher: Teacher, data: Images, views: list[int], folder: Pat
 
 
 def cached_logits(teacher: Teacher, data: Images, views: list[int]) -> dict[int, torch.Tensor]:
-    """For each view the teacher's logits of all images, float16 (n, classes)."""
-    folder = cache_folder(teacher, data)
+    """For each view the teacher's logits of all images, float16 (n, classes); says how long it took to compute them."""
+    folder, begin = cache_folder(teacher, data), time.perf_counter()
     compute_logits(teacher, data, views, folder)
+    print(f"the teacher's logits of {len(data):,} images, {len(views)} view{'s' * (len(views) > 1)}: {time.perf_counter() - begin:.1f} s")
     return {view: torch.cat([read_chunk(folder, view, chunk) for chunk in chunks(data)]) for view in views}
 
 

@@ -84,7 +84,7 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
     """Train in place on Images; a row an epoch: epoch, loss (its mean), train_s (so far, without testing), accuracy on `test` if given.
 
     epochs=None trains to convergence: at the full learning rate up to the plateau, then as many epochs again while it falls to 0. The same
-    seed gives the same network on the same machine, also when the training was killed and goes on from `file`. `views` is the
+    seed gives the same network on the same CPU, also when the training was killed and goes on from `file`. `views` is the
     augmentation's seed, where it shall be another than the order's. InputError when the loss is no finite number any more.
     """
     keep_memory()

@@ -1,9 +1,11 @@
 """cifar10.py and data/hub.py: batches of seed, epoch and index alone, networks of a known size, data from four kinds of places."""
 
+import errno
 import hashlib
 import io
 import pickle
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +170,35 @@ def test_a_batch_larger_than_the_data_is_refused(images, tmp_path):
         load_cifar10(str(tmp_path), batch_size=41)
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"no numbers")])
+def test_a_sample_that_is_damaged_is_said(tmp_path, damage):
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=np.zeros((2, 3, 32, 32), np.uint8), labels=np.zeros(2, np.int64))
+    damage(tmp_path / "test.npz")
+    with pytest.raises(InputError, match=r"test.npz is missing or damaged: remove the folder, and leave -data out to draw it anew"):
+        load_cifar10(str(tmp_path))
+
+
+def test_splits_with_other_classes_are_refused(images, tmp_path):
+    from datasets import Dataset
+
+    pictures = [Image.fromarray(image) for image in images[:10].permute(0, 2, 3, 1).numpy()]
+    for split, names in {"train": CLASSES, "test": [*sorted(CLASSES)[::-1][:9], "zebra"]}.items():
+        Dataset.from_dict({"img": pictures, "label": list(names)}).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(InputError, match=r"the classes of train are airplane, .*, those of test .*zebra"):
+        load_cifar10(str(tmp_path))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("Not enough disk space. Needed: 5 GB")])
+def test_a_full_disk_is_not_taken_for_a_folder_without_data(tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(InputError, match=r"the disk is full \(.*\): free some space and run again"):
+        load_cifar10(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("size", "column", "splits", "said"),
     [
@@ -216,6 +247,7 @@ def test_what_is_no_image_or_no_label_is_named(images, tmp_path):
         "image 1 cannot be read": ([{"bytes": whole.getvalue(), "path": None}, broken], [0, 1]),
         "image 0 cannot be read": ([[1, 2], [3, 4]], [0, 1]),
         "row 1 has the label None, which is none of the 1 classes": ([picture, picture], [0, None]),
+        r"the column label holds \[1\], where numbers or names are expected": ([picture, picture], [[1], [0]]),
     }
     for number, (said, (pictures, labels)) in enumerate(cases.items()):
         folder = tmp_path / str(number)

@@ -234,10 +234,13 @@ def test_any_unit_is_possible(network, monkeypatch, unit):
     assert all(link.width == before.width or link.width % unit == 0 for link, before in pairs)
 
 
-def test_half_the_multiplications_are_not_exceeded(network):
+def test_half_the_multiplications_are_not_exceeded(network, monkeypatch):
     from m29_inference.macs import gmacs
 
     assert 0.35 < gmacs(cut_to(network, 0.5)[0], 32) / gmacs(network, 32) <= 0.5
+    monkeypatch.setattr(prune_structured, "UNIT", 32)
+    with pytest.raises(InputError, match=r"with UNIT 32 at least 0\.61 of the multiplications are left, not 0.5: take a smaller one"):
+        cut_to(network, 0.5)
 
 
 def test_a_fine_tuning_that_was_killed_ends_with_the_same_bits_and_zeros(network, monkeypatch, tmp_path):
