@@ -192,8 +192,11 @@ def compile_to_file(network: nn.Module, images: torch.Tensor, file: Path, marked
 
 
 def load_compiled(file: Path):
-    """The network in `file`, a function of a batch."""
-    return torch._inductor.aoti_load_package(str(file))
+    """The network in `file`, a function of a batch; InputError where the system does not load code from the file's folder."""
+    try:
+        return torch._inductor.aoti_load_package(str(file))
+    except (RuntimeError, OSError) as error:  # a folder of temporary files that is mounted noexec
+        raise InputError(f"compiled code cannot be loaded here ({first_line(error)})") from error
 
 
 def int8_calls(file: Path) -> list[str]:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from common import parse, positive_int, print_table, save_figure, save_results
 from errors import InputError
 from m29_inference.student import cpu_parser
-from machine import usable_cpus
+from machine import usable_cores
 
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
 
@@ -204,6 +204,8 @@ def refuse_idle_flags(parser, args) -> None:
         parser.error(f"argument {flags}: about one tensor, so it has no effect with -model")
     if given:
         parser.error(f"argument {flags}: about a whole network: give -model, too")
+    if args.load and args.calibration and not args.peers:
+        parser.error("argument -calibration: the scales of -load are set already, so it has no effect")
     if args.save and args.load:
         parser.error("argument -save: with -load it would only copy the file")
     if args.model not in (None, "student") and args.data:
@@ -233,7 +235,7 @@ if __name__ == "__main__":
     flag("-peers", action="store_true", help="with -model: also ONNX Runtime and OpenVINO, where they are installed")
     args = parse(parser)
     refuse_idle_flags(parser, args)
-    every = [1] if args.quick else sorted({1, usable_cpus()})
+    every = [1] if args.quick else sorted({1, usable_cores()})
     args.threads = args.threads or ([args.num_threads] if args.num_threads else every)
     run = main
     if args.model:

@@ -34,19 +34,27 @@ def sensitivity(args) -> list[dict]:
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with torch.inference_mode():
         logits = network(images)
-    rows = []
+    rows, untouched = [], []
     for kept in tqdm([None, *(layers[:2] if args.quick else layers)], "layers"):
         int8 = quantize_network(network, calibration, (kept,) if kept else ())
+        weights = sum(value.dtype == torch.int8 for value in int8.state_dict().values())
+        if (
+            kept and weights == rows[0]["int8_weights"]
+        ):  # a network may take a layer's weights without calling the layer, as torchvision's Swin does
+            untouched.append(kept)
+            continue
         with torch.inference_mode():
             ours = int8(images)
         row = {"measured": "layer", "model": args.model, "kept_float32": kept or "none", "error": relative(ours, logits)}
-        row |= {"same_class": (ours.argmax(1) == logits.argmax(1)).double().mean().item()}
+        row |= {"int8_weights": weights, "same_class": (ours.argmax(1) == logits.argmax(1)).double().mean().item()}
         rows.append(row | {"accuracy": (ours.argmax(1) == labels).double().mean().item() if data else None})
     shown = [rows[0], *sorted(rows[1:], key=lambda row: row["error"])]
     print_table([{key: value for key, value in row.items() if key not in ("measured", "model")} for row in shown])
     best = min(rows[1:], key=lambda row: row["error"])
     saved = 1 - best["error"] / rows[0]["error"]
     others = "of the two that were tried" if args.quick else "layer"
+    if untouched:
+        print(f"left out, because the graph does not know them as layers and converts them all the same: {', '.join(untouched)}")
     print(f"kept in float32, {best['kept_float32']} takes away {saved:.0%} of the error of the logits; any other {others} less")
     save_figure(plot_layers(rows, "relative error of the logits"), quantize.__file__, "layers", args, f"{len(images)} images")
     return rows

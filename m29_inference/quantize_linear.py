@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import nn
 
-from m29_inference.int8 import has_vnni, quiet
+from m29_inference.int8 import has_vnni, import_quantizer, quiet
 
 
 class PlainAttention(nn.Module):
@@ -48,6 +48,7 @@ def dynamic_int8(network: nn.Module) -> nn.Module:
     """A copy whose nn.Linear layers hold int8 weights and quantize what comes in as it comes, by torchao."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+    import_quantizer()  # whose patterns the compiler needs to find these layers
     copied = copy.deepcopy(network).eval()
     with quiet():
         quantize_(copied, Int8DynamicActivationInt8WeightConfig(reduce_range=not has_vnni()))

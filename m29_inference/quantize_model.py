@@ -86,7 +86,7 @@ def compiled_in_memory(variant: nn.Module, images: torch.Tensor):
             _, sources = run_and_get_code(function, images)
     except RuntimeError as error:  # torch's compiler raises kinds of it
         raise InputError(f"it cannot be compiled here ({first_line(error)})") from error
-    return function, len(re.findall(r"\bonednn\.q(?:conv|linear)\w*\.", "\n".join(sources)))
+    return function, len(re.findall(r"\bonednn\.q(?:conv|linear)\w*\.|\b_int_mm\(", "\n".join(sources)))
 
 
 def time_variants(args, network: nn.Module, variants: dict, peers: dict, images: torch.Tensor, progress: tqdm) -> list[dict]:

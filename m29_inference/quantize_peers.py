@@ -98,7 +98,7 @@ def openvino(network: nn.Module, calibration: list[torch.Tensor], folder: Path) 
     quantized = nncf.quantize(model, nncf.Dataset(calibration, lambda batch: batch.numpy()), subset_size=len(calibration))
 
     file = folder / "openvino.xml"  # the graph; the weights stand beside it
-    openvino.save_model(quantized, file)
+    openvino.save_model(quantized, file, compress_to_fp16=False)  # as the others keep what is left in float
 
     def load(shape: torch.Size, threads: int):
         fixed = quantized.clone()

@@ -62,7 +62,8 @@ def load_converted(args, network: nn.Module) -> nn.Module:
     """The int8 network out of -load, if it is one of this very network."""
     int8, made_of = load_graph(args.load)
     if made_of != fingerprint(network):
-        raise InputError(f"{args.load} was made of another network or training than this {args.model}: leave -load out to convert it")
+        another = f"another network or training than this {args.model} (other data, another number of threads)"
+        raise InputError(f"{args.load} was made of {another}: leave -load out to convert it")
     return int8
 
 
@@ -77,4 +78,4 @@ def say_what_is_missing() -> None:
 
 def say_seven_bits() -> None:
     if not has_vnni():
-        print("This processor adds up int8 products in 16 bits (torch finds no VNNI): activations are kept in 7, so that no sum overflows.")
+        print("torch finds no VNNI here, so int8 products may be added up in 16 bits: activations are kept in 7, so that no sum overflows.")

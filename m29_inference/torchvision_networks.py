@@ -11,10 +11,12 @@ import torchvision
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from data.fetch import online
 from errors import InputError
 from machine import available_memory
 
 SMALLEST = 32  # pixels a side
+LIVE = 3  # a layer's input and output, beside them those that a shortcut waits for, and the library's own copies
 AS_PUBLISHED = {"googlenet": {"aux_logits": False}, "vit_h_14": {"image_size": 518}}  # as the published weights want it, who bring it along
 
 
@@ -28,6 +30,9 @@ def build(name: str, pretrained: bool, device: torch.device, others: tuple[str, 
         near = difflib.get_close_matches(name, [*others, *known], n=3, cutoff=0.5)
         raise InputError(f"torchvision has no network {name}{', did you mean ' + ' or '.join(near) if near else ''}")
     weights = torchvision.models.get_model_weights(name).DEFAULT
+    fetched = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name).exists()
+    if pretrained and not fetched and not online(weights.url):
+        raise InputError(f"-pretrained: the weights of {name} are on a server that cannot be reached: leave the flag out")
     try:
         with warnings.catch_warnings(action="ignore"):  # of networks whose initialization will change
             options = {} if pretrained else AS_PUBLISHED.get(name, {})
@@ -50,23 +55,30 @@ def uses_attention(model: nn.Module) -> bool:
 
 
 def activation_bytes(model: nn.Module, image: torch.Tensor) -> int:
-    """Bytes that the layers put out for `image`; in inference only some of them are alive at a time, so this is an upper bound."""
-    total = 0
+    """Bytes that are alive at once while `image` passes, about: LIVE times what the largest layer reads and writes."""
+    largest = 0
 
-    def add(module: nn.Module, inputs, output) -> None:
-        nonlocal total
-        total += output.nbytes if isinstance(output, torch.Tensor) else 0
+    def look(module: nn.Module, inputs, output) -> None:
+        nonlocal largest
+        largest = max(largest, sum(value.nbytes for value in (*inputs, output) if isinstance(value, torch.Tensor)))
 
-    hooks = [module.register_forward_hook(add) for module in model.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(look) for module in model.modules() if not list(module.children())]
     with torch.inference_mode():
         model(image)
     for hook in hooks:
         hook.remove()
-    return total
+    return LIVE * largest
 
 
-def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, device: torch.device) -> int:
-    """The largest batch up to `batch` whose activations fit into the free memory, by an estimate from one image; says so when smaller."""
+def weight_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, device: torch.device, reserved: int = 0) -> int:
+    """The largest batch up to `batch` whose activations fit into the free memory, by an estimate from one image; says so when smaller.
+
+    `reserved`: bytes that will be taken before. InputError where not even one image fits.
+    """
     if resolution < SMALLEST:
         raise InputError(f"-resolution {resolution} is too small: these networks halve it five times, so {SMALLEST} is the least")
     try:
@@ -74,8 +86,10 @@ def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, devi
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[-1][:100]
         raise InputError(f"{name} does not work at -resolution {resolution} ({reason}): {hint_resolution(name)}") from error
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    most = max(1, int(0.8 * free // each))
+    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()) - reserved
+    most = int(0.8 * free // each)
+    if most < 1:
+        raise InputError(f"{name} needs about {each / 1e6:,.0f} MB an image, {max(0, free) / 1e6:,.0f} MB are free: take smaller networks")
     if most < batch:
         print(f"warning: {name} needs about {each / 1e6:,.0f} MB an image, {free / 1e6:,.0f} MB are free: batch {most} instead of {batch}")
     return min(batch, most)

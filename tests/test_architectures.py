@@ -112,6 +112,31 @@ def test_a_batch_too_large_for_the_memory_is_made_smaller(monkeypatch, capsys):
     assert torchvision_networks.fitting_batch(model, "mobilenet_v3_large", 32, 4, CPU) == 4 and capsys.readouterr().out == ""
     assert torchvision_networks.fitting_batch(model, "mobilenet_v3_large", 32, 64, CPU) == 8
     assert "batch 8 instead of 64" in capsys.readouterr().out
+    assert torchvision_networks.fitting_batch(model, "mobilenet_v3_large", 32, 64, CPU, reserved=5 * each) == 4
+    with pytest.raises(InputError, match=r"mobilenet_v3_large needs about [\d,]+ MB an image, [\d,]+ MB are free: take smaller networks"):
+        torchvision_networks.fitting_batch(model, "mobilenet_v3_large", 32, 64, CPU, reserved=9 * each)
+
+
+def test_all_networks_are_timed_with_the_batch_that_fits_all(monkeypatch):
+    monkeypatch.setattr(architectures, "fitting_batch", lambda model, name, pixels, batch, *_: min(batch, 3 if name == "resnet18" else 9))
+    timed = {"latency_ms": 1.0, "runs_ms": [1.0]}
+    monkeypatch.setattr(architectures, "time_in_turn", lambda inputs, device: dict.fromkeys(inputs, timed))
+    args = SimpleNamespace(models=["mobilenet_v3_small", "resnet18"], resolution=64, batch_sizes=[1, 8], quick=False, pretrained=False)
+    args.device = CPU
+    rows = architectures.measure_all(args)
+    assert [(row["batch"], row["model"]) for row in rows] == [(batch, name) for batch in (1, 3) for name in args.models]
+
+
+def test_the_estimated_memory_is_three_times_what_the_largest_layer_reads_and_writes():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 16 * 16, 10))
+    assert torchvision_networks.activation_bytes(net.eval(), torch.zeros(1, 3, 32, 32)) == 3 * 4 * 2 * (8 * 32 * 32)  # of the ReLU
+
+
+def test_weights_on_a_server_that_is_not_reached_are_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torchvision_networks, "online", lambda url: False)
+    with pytest.raises(InputError, match="-pretrained: the weights of resnet18 are on a server that cannot be reached: leave the flag out"):
+        torchvision_networks.build("resnet18", True, CPU)
 
 
 def test_layouts_are_compared_before_they_are_timed():
@@ -141,8 +166,8 @@ def test_networks_are_timed_in_turn_each_in_its_faster_layout(monkeypatch):
     found = architectures.time_in_turn({"one": (net, images), "two": (net, images)}, CPU)
     assert together == [list(runs)]  # all in one measurement
     assert [(timed["layout"], timed["layout_gain"], timed["latency_ms"]) for timed in found.values()] == [
-        ("channels_last", 2.5, 2.0),
-        ("contiguous", 2.0, 3.0),
+        ("channels_last", "2.50x contiguous (2.00 to 3.00, faster)", 2.0),
+        ("contiguous", "2.00x channels_last (2.00 to 2.00, faster)", 3.0),
     ]
 
 
@@ -171,6 +196,7 @@ def test_weights_that_cannot_be_fetched_are_said(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
+    monkeypatch.setattr(torchvision_networks, "online", lambda url: True)
     said, clear = re.escape(str(error) or "EOFError"), "$" if isinstance(error, OSError) else ", or clear "
     with pytest.raises(InputError, match=rf"the weights of resnet18 cannot be fetched or read .{said}.: leave the flag out{clear}"):
         torchvision_networks.build("resnet18", True, CPU)

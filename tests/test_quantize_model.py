@@ -22,6 +22,7 @@ from m29_inference import int8, int8_file, quantize_model, quantize_profile, qua
 from m29_inference.macs import gmacs, gmacs_by_layer
 from m29_inference.network import WhitenedNet
 from m29_inference.quantize_cost import compare_accuracy, margin, relative, size_of_weights, sizes_mb
+from m29_inference.quantize_layers import sensitivity
 from m29_inference.quantize_linear import PlainAttention, dynamic_int8, with_plain_attention
 from m29_inference.quantize_model import compiled, find_variants
 from m29_inference.quantize_peers import Peer, convert_for_peers, load_peers
@@ -95,9 +96,10 @@ def test_a_normalization_that_is_not_behind_a_convolution_stays_what_it_was():
 
 
 def test_a_layer_that_is_kept_stays_float(network):
-    graph = int8.quantize_network(network, batches(), ("stages.1.conv1",))
-    shapes = {tuple(tensor.shape) for _, tensor in graph.named_parameters() if tensor.dtype == torch.float32}
-    assert tuple(network.stages[1].conv1.weight.shape) in shapes
+    whole, graph = (int8.quantize_network(network, batches(), kept) for kept in ((), ("stages.2.conv1",)))
+    shapes = [[tuple(value.shape) for value in one.state_dict().values() if value.dtype == torch.int8] for one in (whole, graph)]
+    kept = tuple(network.stages[2].conv1.weight.shape)
+    assert shapes[0].count(kept) == 1 and sorted(shapes[0]) == sorted([*shapes[1], kept])  # this one is missing, and no other
 
 
 def test_what_is_saved_comes_back_bit_for_bit(graph, tmp_path):
@@ -251,7 +253,8 @@ def test_without_torchao_a_sentence_says_what_to_install(monkeypatch):
 @needs_compiler
 def test_the_run_of_a_learner(run_script, run_in_fork, results, tmp_path):
     kept = tmp_path / "student.pt2"
-    done = run_script(SCRIPT, "-model", "student", "-quick", "-save", kept, timeout=300)
+    # the number of threads decides in which order is added up, so it makes another student
+    done = run_script(SCRIPT, "-model", "student", "-quick", "-save", kept, "-num_threads", "2", timeout=300)
     assert done.returncode == 0, done.stderr
     assert "loaded again it computes the same bits" in done.stdout and "test images: int8" in done.stdout and "Traceback" not in done.stderr
     rows = {row["variant"]: row for row in json.loads((results / "quantize.json").read_text())["rows"]}
@@ -395,6 +398,38 @@ def test_no_image_that_differs_is_no_proof_of_none():
     assert margin(torch.tensor([1.0, -1.0] + 98 * [0.0])) == pytest.approx(1.96 * (2 / 99) ** 0.5 / 10)
 
 
+def test_a_layer_that_the_graph_does_not_know_is_left_out(monkeypatch, tmp_path, capsys):
+    """torchvision's Swin takes the weights of `attn.qkv` without calling it: it is int8 whatever is said of it."""
+    torch.manual_seed(0)
+    swin = torchvision.models.SwinTransformer([4, 4], 16, [2], [2], [2, 2], num_classes=10, stochastic_depth_prob=0.0).eval()
+    monkeypatch.setattr("m29_inference.quantize_layers.load_network", lambda args: (swin, [torch.randn(32, 3, 32, 32)], None))
+    monkeypatch.setattr("common.RESULTS", tmp_path)
+    args = SimpleNamespace(model="swin", quick=True, show=False, device=torch.device("cpu"))
+    rows = sensitivity(args)
+    assert [row["kept_float32"] for row in rows] == ["none", "features.0.0"]
+    assert "left out, because the graph does not know them as layers and converts them all the same: features.1.0.attn.qkv" in (
+        capsys.readouterr().out
+    )
+
+
+@needs_compiler
+def test_int8_of_linear_layers_is_counted_in_the_compiled_code(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    function, operations = compiled("int8, dynamic", dynamic_int8(network), batches()[0], tmp_path)
+    assert operations == 2
+    with torch.inference_mode():
+        assert relative(function(batches()[0]), network(batches()[0])) < 0.05
+
+
+def test_code_that_cannot_be_loaded_is_a_sentence(monkeypatch, tmp_path):
+    def fail(file):
+        raise RuntimeError("failed to map segment from shared object\nand more")
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", fail)
+    with pytest.raises(InputError, match=r"compiled code cannot be loaded here \(failed to map segment from shared object\)"):
+        int8.load_compiled(tmp_path / "net.pt2")
+
+
 def test_layers_are_kept_in_float_one_at_a_time(run_in_fork, results):
     done = run_in_fork(SCRIPT, "-model", "student", "-quick", "-layers", timeout=300)
     assert done.returncode == 0, done.stderr
@@ -472,6 +507,7 @@ def test_bad_input_is_said(check_refusals, tmp_path):
         ("-model", "student", "-layers", "-profile"): (2, "argument -profile: not allowed with argument -layers"),
         ("-model", "student", "-profile", "-save", "net.pt2"): (2, "argument -save: has no effect with -profile"),
         ("-model", "student", "-layers", "-threads", "7"): (2, "argument -threads: has no effect with -layers"),
+        ("-model", "student", "-load", "x", "-calibration", "9"): (2, "argument -calibration: the scales of -load are set already"),
         ("-peers", "-batch_sizes", "1"): (2, "argument -batch_sizes, -peers: about a whole network: give -model, too"),
         ("-model", "resnet18", "-data", "nowhere"): (2, "argument -data: images for the student, so it has no effect with -model resnet18"),
         ("-model", "student", "-pretrained"): (2, "argument -pretrained: torchvision has no student"),
