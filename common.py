@@ -25,6 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from errors import let_the_first_speak, one_sentence
 from paths import RESULTS, atomic_path, check_writable, display_path
 
@@ -175,16 +177,13 @@ def measure(function, device: torch.device, repeats: int = 5) -> Timing:
     return measure_alternately({"function": function}, device, repeats)["function"]
 
 
-def measure_alternately(functions: dict, device: torch.device, repeats: int = 5) -> dict[str, Timing]:
-    """Time several functions in turn, A B A B ..., so that a machine that drifts drifts for all of them."""
+def measure_alternately(functions: dict, device: torch.device, repeats: int = 5, said: str | None = None) -> dict[str, Timing]:
+    """Time several functions in turn, A B A B ..., so that a machine that drifts drifts for all of them; `said`: of a progress bar."""
     timers = {name: _timer(function, device) for name, function in functions.items()}
-    for timer in timers.values():
-        timer.blocked_autorange(min_run_time=0.01)  # warm-up
     runs = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, timer in timers.items():
-            runs[name].append(timer.blocked_autorange(min_run_time=0.01).median * 1e3)
-    return {name: Timing(runs_ms) for name, runs_ms in runs.items()}
+    for name, timer in tqdm((repeats + 1) * [*timers.items()], said, leave=False, disable=not said):
+        runs[name].append(timer.blocked_autorange(min_run_time=0.01).median * 1e3)
+    return {name: Timing(runs_ms[1:]) for name, runs_ms in runs.items()}  # the first round was the warm-up
 
 
 def _timer(function, device: torch.device):

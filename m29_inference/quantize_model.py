@@ -111,7 +111,7 @@ def time_variants(args, network: nn.Module, variants: dict, peers: dict, images:
         calls |= {name: lambda function=function: function(images) for name, function in load_peers(peers, images).items()}
         with torch.inference_mode():
             differences = compare_outputs({name: call().float() for name, call in calls.items()})
-            timings = measure_alternately(calls, CPU, REPEATS)
+            timings = measure_alternately(calls, CPU, REPEATS, f"timing {len(calls)} variants")
     rows = []
     for name in calls:
         runs = [theirs / own for theirs, own in zip(timings["eager"].runs_ms, timings[name].runs_ms, strict=True)]
