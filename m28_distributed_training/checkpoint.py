@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import positive_int
-from errors import InputError
+from errors import InputError, first_line
 from m28_distributed_training.launch import local_rank
 from paths import atomic_path, check_file_place, check_zip
 
@@ -50,7 +50,7 @@ def save_checkpoint(file: Path, state: dict) -> bool:
         with atomic_path(file) as temporary:
             torch.save({"format": FORMAT, **state}, temporary)
     except (OSError, RuntimeError, InputError) as error:  # torch's own writer raises RuntimeError when a write comes up short
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         print(f"warning: no checkpoint at step {state['step']}: {file} cannot be written ({reason}); the training goes on", file=sys.stderr)
         return False
     return True

@@ -113,11 +113,11 @@ def layouts_of(model: nn.Module, images: torch.Tensor) -> dict:
     return calls
 
 
-def time_in_turn(inputs: dict[str, tuple[nn.Module, torch.Tensor]], device: torch.device, batch: int) -> dict[str, dict]:
+def time_in_turn(inputs: dict[str, tuple[nn.Module, torch.Tensor]], device: torch.device) -> dict[str, dict]:
     """Time networks on their images, all of them in turn; of each the faster layout, and how many times as fast as the other it is."""
     with torch.inference_mode():
         calls = {(name, layout): call for name, given in inputs.items() for layout, call in layouts_of(*given).items()}
-        timings = measure_alternately(calls, device, said=f"networks and layouts, batch {batch}")
+        timings = measure_alternately(calls, device, said="networks and layouts in turn")
     found = {}
     for name in inputs:
         layout, other = sorted(("contiguous", "channels_last"), key=lambda layout: timings[name, layout].median_ms)
@@ -157,7 +157,7 @@ def measure_all(args) -> list[dict]:
     for batch in batches:
         shapes = {name: (batch, 3, row["resolution"], row["resolution"]) for name, row in described.items()}
         inputs = {name: (models[name], torch.randn(shape, device=args.device)) for name, shape in shapes.items()}
-        for name, timed in time_in_turn(inputs, args.device, batch).items():
+        for name, timed in time_in_turn(inputs, args.device).items():
             per_s = batch / timed["latency_ms"] * 1e3
             rates = {"images_per_s": per_s, "gmacs_per_s": described[name]["gmacs"] * per_s}
             rows.append({**described[name], "batch": batch, **timed, **rates})

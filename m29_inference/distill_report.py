@@ -59,7 +59,7 @@ def say(table: list[dict], curves: dict[str, list]) -> None:
     pairs = list(zip(curves[DISTILLED], curves[ALONE], strict=True))
     mean, half = gain([distilled[-1]["accuracy"] - alone[-1]["accuracy"] for distilled, alone in pairs])
     # two seeds that differ by as many images say nothing about chance
-    verdict = "cannot tell" if not half else "better" if mean > half else "worse" if mean < -half else "cannot tell"
+    verdict = "better" if mean > half > 0 else "worse" if -mean > half > 0 else "cannot tell"
     print(f"distillation: {mean * 100:+.2f} points, 95 % interval {(mean - half) * 100:+.2f} to {(mean + half) * 100:+.2f}: {verdict}")
 
 

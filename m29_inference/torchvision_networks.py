@@ -12,7 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from data.fetch import online
-from errors import InputError
+from errors import InputError, first_line
 from machine import available_memory
 
 SMALLEST = 32  # pixels a side
@@ -40,9 +40,10 @@ def build(name: str, pretrained: bool, device: torch.device, others: tuple[str, 
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # urllib's are of the first kind; the others: a damaged file
         if not pretrained:
             raise
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         clear = "" if isinstance(error, OSError) else f", or clear {torch.hub.get_dir()}/checkpoints"
-        raise InputError(f"-pretrained: the weights of {name} cannot be fetched or read ({reason}): leave the flag out{clear}") from error
+        raise InputError(
+            f"-pretrained: the weights of {name} cannot be fetched or read ({first_line(error)}): leave the flag out{clear}"
+        ) from error
     return model.eval().to(device), weights
 
 

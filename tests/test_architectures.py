@@ -120,7 +120,7 @@ def test_a_batch_too_large_for_the_memory_is_made_smaller(monkeypatch, capsys):
 def test_all_networks_are_timed_with_the_batch_that_fits_all(monkeypatch):
     monkeypatch.setattr(architectures, "fitting_batch", lambda model, name, pixels, batch, *_: min(batch, 3 if name == "resnet18" else 9))
     timed = {"latency_ms": 1.0, "runs_ms": [1.0]}
-    monkeypatch.setattr(architectures, "time_in_turn", lambda inputs, device, batch: dict.fromkeys(inputs, timed))
+    monkeypatch.setattr(architectures, "time_in_turn", lambda inputs, device: dict.fromkeys(inputs, timed))
     args = SimpleNamespace(models=["mobilenet_v3_small", "resnet18"], resolution=64, batch_sizes=[1, 8], quick=False, pretrained=False)
     args.device = CPU
     rows = architectures.measure_all(args)
@@ -145,7 +145,7 @@ def test_layouts_are_compared_before_they_are_timed():
             return images * (2 if images.is_contiguous() else 1)
 
     with pytest.raises(RuntimeError, match="channels_last computes something else"):
-        architectures.time_in_turn({"net": (Depends(), torch.rand(2, 3, 8, 8))}, CPU, 2)
+        architectures.time_in_turn({"net": (Depends(), torch.rand(2, 3, 8, 8))}, CPU)
 
 
 def test_networks_are_timed_in_turn_each_in_its_faster_layout(monkeypatch):
@@ -163,7 +163,7 @@ def test_networks_are_timed_in_turn_each_in_its_faster_layout(monkeypatch):
 
     monkeypatch.setattr(architectures, "measure_alternately", timings)
     net, images = nn.Conv2d(3, 4, 3), torch.rand(1, 3, 8, 8)
-    found = architectures.time_in_turn({"one": (net, images), "two": (net, images)}, CPU, 1)
+    found = architectures.time_in_turn({"one": (net, images), "two": (net, images)}, CPU)
     assert together == [list(runs)]  # all in one measurement
     assert [(timed["layout"], timed["layout_gain"], timed["latency_ms"]) for timed in found.values()] == [
         ("channels_last", "2.50x contiguous (2.00 to 3.00, faster)", 2.0),

@@ -127,10 +127,7 @@ def block(channels_in: int, channels_out: int, size: int, stride: int) -> list[n
 @pytest.fixture
 def one_thread():
     """Training on one thread takes as long on a busy machine as its share of it; two would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # until the test ends: conftest.py puts it back
 
 
 def test_shapes_have_the_form_of_cifar10(shapes):
