@@ -7,6 +7,7 @@ The random state is that of the writer's CPU, which sets nothing here but first 
 step. A network with dropout would need one for each process, and torch.cuda.get_rng_state() for each GPU.
 """
 
+import io
 import pickle
 import struct
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import positive_int
@@ -46,12 +48,15 @@ def save_checkpoint(file: Path, state: dict) -> bool:
     """Write `state` on the first process of each machine; False, and a warning, where the disk is full: the old file then stays."""
     if local_rank(dist.get_rank()):
         return True
+    content = io.BytesIO()  # torch's own writer says nothing of a full disk when it fails on one
+    torch.save({"format": FORMAT, **state}, content)
     try:
         with atomic_path(file) as temporary:
-            torch.save({"format": FORMAT, **state}, temporary)
-    except (OSError, RuntimeError, InputError) as error:  # torch's own writer raises RuntimeError when a write comes up short
+            temporary.write_bytes(content.getbuffer())
+    except (OSError, InputError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        print(f"warning: no checkpoint at step {state['step']}: {file} cannot be written ({reason}); the training goes on", file=sys.stderr)
+        said = f"warning: no checkpoint at step {state['step']}: {file} cannot be written ({reason}); the training goes on"
+        tqdm.write(said, file=sys.stderr)  # not behind the progress bar
         return False
     return True
 

@@ -32,11 +32,12 @@ from common import print_table, save_figure, save_results, spread
 from errors import InputError
 from m28_distributed_training import ddp_train
 from m28_distributed_training.ddp_benchmark_report import plot, say
-from m28_distributed_training.launch import run_rank, start_quietly
+from m28_distributed_training.launch import run_rank, start_quietly, wait_for_all
 from m28_distributed_training.traffic import ddp_bytes, parameter_bytes
-from machine import usable_cores
+from machine import available_memory, usable_cores
 
 ROUNDS, STEPS = 7, 3  # rounds over all groups; steps of each kind a group measures in one round
+PROCESS_BYTES = 400e6  # of memory that a process with torch and the small network takes for itself, beside the data
 
 
 # ---- one process of a group ------------------------------------------------------------------------------------------
@@ -129,8 +130,7 @@ class Group:
     def round(self) -> dict:
         """What the first process measured; InputError when one of them ended, also one that waited too long for another that hangs."""
         with contextlib.suppress(EOFError, ConnectionError):  # one has ended
-            for connection in self.connections:
-                connection.send(True)
+            self.tell(True)
             wait([self.connections[0], *(member.sentinel for member in self.members)])
             if self.connections[0].poll():
                 return self.connections[0].recv()
@@ -140,14 +140,22 @@ class Group:
         why = ways[0] if ways else "look above for the reason"
         raise InputError(f"a process of the group of {self.processes} ended: {why}")
 
-    def close(self) -> None:
-        """End the processes; those that do not, or hang, are killed."""
+    def tell(self, go_on: bool) -> None:
+        """All its processes, to measure a round or to end."""
         for connection in self.connections:
-            with contextlib.suppress(ConnectionError):
-                connection.send(False)
-        for member in self.members:
-            member.join(timeout=2)
-            member.kill()
+            connection.send(go_on)
+
+
+def end(groups: list[Group]) -> None:
+    """End the processes of all groups; those that do not within a second, or hang, are killed."""
+    for group in groups:
+        with contextlib.suppress(ConnectionError):
+            group.tell(False)
+    members = [member for group in groups for member in group.members]
+    wait_for_all([member.sentinel for member in members], seconds=1)
+    for member in members:
+        member.kill()
+        member.join()
 
 
 # ---- all groups in turn ----------------------------------------------------------------------------------------------
@@ -155,11 +163,12 @@ class Group:
 
 def benchmark(args) -> None:
     """Measure 1..N processes of one thread, and one process of N threads, on the same global batch; table, figure, results."""
-    load_cifar10(args.data, args.batch_size)
+    data = load_cifar10(args.data, args.batch_size)
     parameters = parameter_bytes(ConvNet(args.widths, "group"))
     counts = [n for n in range(1, args.nproc + 1) if args.batch_size % n == 0]
     threads = args.num_threads or max(1, usable_cores() // args.nproc)
     shapes = [(n, threads) for n in counts] + ([(1, threads * args.nproc)] if args.nproc > 1 else [])
+    warn(shapes, data)
     rounds = 2 if args.quick else ROUNDS
     print(f"{rounds} rounds of {STEPS} steps of {args.batch_size} images in turn; (processes, threads): {shapes}")
     with tempfile.TemporaryDirectory() as folder:
@@ -171,13 +180,23 @@ def benchmark(args) -> None:
                 for shape, group in zip(shapes, groups, strict=True):
                     runs[shape].append(group.round())
         finally:
-            for group in groups:
-                group.close()
+            end(groups)
     rows = [summary(shape, runs, args.batch_size, parameters) for shape in shapes]
     print_table([{key: value for key, value in row.items() if not key.startswith("runs_")} for row in rows])
     say(rows)
     save_figure(plot(rows), ddp_train.__file__, "speedup", args, f"{args.batch_size} images a step, {rounds} rounds of {STEPS} steps")
     save_results(ddp_train.__file__, args, rows)
+
+
+def warn(shapes: list[tuple[int, int]], data: dict) -> None:
+    """Say where there are more threads at work than cores, or more processes, all started at once, than fit into memory."""
+    busy, processes = max(n * threads for n, threads in shapes), sum(n for n, _ in shapes)
+    if busy > usable_cores():
+        print(f"{busy} threads compute at once on {usable_cores()} usable cores: the ideal line is out of reach")
+    needed, free = processes * (PROCESS_BYTES + sum(part.images.nbytes for part in data.values())), available_memory()
+    if needed > free:
+        said = f"{processes} processes need about {needed / 1e9:.1f} GB together, {free / 1e9:.1f} GB are free"
+        print(f"warning: {said}: the times may be those of swapping; give a smaller -nproc")
 
 
 def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int) -> dict:

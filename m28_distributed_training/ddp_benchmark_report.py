@@ -4,6 +4,8 @@ import statistics
 
 import matplotlib.pyplot as plt
 
+ENOUGH = 5  # rounds for a verdict: that all of them are on one side of 1 by chance is one in 16
+
 
 def say(rows: list[dict]) -> None:
     """What the table means: efficiency, and whether processes or threads are the better use of the same cores."""
@@ -24,6 +26,7 @@ def say(rows: list[dict]) -> None:
     if threaded is not best and threaded["efficiency"] is None:
         ratios = [mine / theirs for mine, theirs in zip(best["runs_speedup"], threaded["runs_speedup"], strict=True)]
         verdict = "faster" if min(ratios) > 1 else "slower" if max(ratios) < 1 else "cannot tell"
+        verdict = verdict if len(ratios) >= ENOUGH else f"{len(ratios)} rounds cannot tell"
         said = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), {verdict}"
         print(f"{best['processes']} processes of {best['threads']} threads against one of {threaded['threads']} threads: {said}")
 

@@ -34,7 +34,7 @@ from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normali
 from common import parse, print_table, save_results
 from errors import InputError, under_torchrun
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
-from m28_distributed_training.launch import launch, only_first_speaks, print0
+from m28_distributed_training.launch import launch, print0, said_once
 from m28_distributed_training.training_flags import check, training_parser
 
 REPORT_STEPS, REPORT_S = 10, 5  # from one global loss to the next at most so many steps, and about so many seconds; so is SIGTERM noticed
@@ -63,7 +63,7 @@ def micro_batches(data: Images, step: int, args) -> list[tuple[torch.Tensor, tor
 
 def train(args) -> None:
     """Train to the last step and evaluate. Every process runs this, and all of them run it in step."""
-    with only_first_speaks():
+    with said_once():
         data = load_cifar10(args.data, args.batch_size)
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
     network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)

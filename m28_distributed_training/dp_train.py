@@ -6,10 +6,12 @@
 
 In each step DataParallel cuts the batch into k parts (scatter), copies the whole network k - 1 times (replicate), computes in k
 threads of one process (parallel_apply), collects the outputs on device 0 (gather), and on the way back adds up k gradients there
-(reduce). Device 0 sends or receives all of it, and everything is thrown away after the step. Without a GPU nn.DataParallel calls
-the network directly, so its speed there says nothing; the same step is then taken apart by hand and every byte is counted.
+(reduce), and everything is thrown away after the step. Device 0 sends or receives all of it where tensors are copied device by device
+(Windows); with nccl (Linux) the others hand the network on and add gradients up on the way. Without a GPU nn.DataParallel calls the
+network directly, so its speed there says nothing; the same step is then taken apart by hand and every byte is counted.
 """
 
+import collections
 import copy
 import sys
 import time
@@ -25,6 +27,8 @@ from common import new_parser, non_negative_int, parse, positive_int, positive_n
 from errors import InputError
 from m28_distributed_training.dp_timing import plot_steps, time_on_gpus
 from m28_distributed_training.traffic import dp_bytes, parameter_bytes, plot_traffic, traffic_table
+
+NO_GPU = "no CUDA device is in use here"
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -47,7 +51,7 @@ def train(args, data: dict) -> dict:
     model = network if spared else nn.DataParallel(network, device_ids=args.device_ids)  # without a GPU this is the network itself
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
-    clock = None
+    clock, losses = None, collections.deque(maxlen=10)
     for step in (bar := tqdm(range(args.steps), "training", unit="step")):
         images, labels = batch_of(data["train"], step, args)
         loss = nn.functional.cross_entropy(model(images), labels)
@@ -55,13 +59,14 @@ def train(args, data: dict) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
+        losses.append(loss.detach())
         if step % 10 == 0:  # the first step, in which memory is asked for, among them
             bar.set_postfix(loss=f"{loss.item():.3f}")
         clock = clock or time.perf_counter()
-    loss, seconds = loss.item(), time.perf_counter() - clock  # item() waits for a GPU
+    loss, seconds = torch.stack(list(losses)).mean().item(), time.perf_counter() - clock  # item() waits for a GPU
     accuracy = evaluate(network, data["test"], args) / len(data["test"])
     devices = max(1, len(args.device_ids or []))
-    rate = (args.steps - 1) * args.batch_size / seconds  # the clock runs from the end of the first step
+    rate = (args.steps - 1) * args.batch_size / seconds or None  # the clock runs from the end of the first step
     row = {"measured": "training", "devices": devices, "steps": args.steps, "images_per_s": rate}
     return row | {"loss": loss, "accuracy": accuracy}
 
@@ -138,7 +143,10 @@ def main(args) -> list[dict]:
     if len(set(args.device_ids or [])) < len(args.device_ids or []):
         raise InputError(f"-device_ids {' '.join(map(str, args.device_ids))}: each GPU can be given once")
     if absent := [index for index in args.device_ids or [] if index >= gpus]:
-        raise InputError(f"-device_ids {absent[0]}: there are {gpus} GPUs here, counted from 0")
+        raise InputError(f"-device_ids {absent[0]}: {f'there are {gpus} GPUs here, counted from 0' if gpus else NO_GPU}")
+    if gpus and args.devices:
+        raise InputError("-devices cuts the step that is traced without GPUs: give -device_ids, or -device cpu")
+    args.devices = args.devices or 2
     args.device_ids = (args.device_ids or list(range(gpus))) if gpus else None
     if gpus:
         args.device = torch.device("cuda", args.device_ids[0])
@@ -164,7 +172,7 @@ def main(args) -> list[dict]:
         rows += trace(args, data)
     network = ConvNet(args.widths, "group")
     measures = sizes(network, batch_of(data["train"], 0, args)[0].cpu())
-    print("\nMB a step: DataParallel, all through device 0, against what each DDP process sends")
+    print("\nMB a step: DataParallel, through device 0 (device by device, and with nccl), against what each DDP process sends")
     table = traffic_table(*measures)
     print_table(table)
     save_figure(plot_traffic(*measures), __file__, "traffic", args, f"batch {args.batch_size}, by formula; counted: see the table")
@@ -176,7 +184,7 @@ if __name__ == "__main__":
     flag = parser.add_argument
     flag("-data", help="folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
     flag("-device_ids", type=non_negative_int, nargs="+", help="GPUs to use, the first one is the root (default: all)")
-    flag("-devices", type=positive_int, default=2, help="parts of the traced step, without GPUs (default: 2)")
+    flag("-devices", type=positive_int, help="parts of the traced step, without GPUs (default: 2)")
     flag("-steps", type=positive_int, default=78, help="training steps (default: 78, once over the sample)")
     flag("-batch_size", type=positive_int, default=128, help="images a step (default: 128)")
     flag("-widths", type=positive_int, nargs=3, default=[32, 64, 128], help="channels of the three stages (default: 32 64 128)")

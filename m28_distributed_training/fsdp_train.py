@@ -8,7 +8,8 @@
 With DDP every process keeps all parameters, all gradients and all of the optimizer's state. Here each keeps 1 / N of the three. Before
 a stage of the network computes, its parameters are gathered from all processes (all-gather), and forgotten again afterwards; after its
 backward pass each process receives only its own part of the summed gradients (reduce-scatter). That moves three times (N - 1) / N of
-the parameters' bytes a step, DDP's all-reduce twice. The loop is ddp_train.py's; the lines that differ are marked with  # sharded
+the parameters' bytes a step, with gloo on CPUs four times (traffic.py says why), DDP's all-reduce twice. The loop is ddp_train.py's;
+the lines that differ are marked with  # sharded
 """
 
 import contextlib
@@ -37,8 +38,8 @@ from m28_distributed_training.ddp_train import (
     micro_batches,
     run_settings,
 )
-from m28_distributed_training.launch import launch, only_first_speaks, print0
-from m28_distributed_training.traffic import BytesSent, ddp_bytes, fsdp_bytes, parameter_bytes
+from m28_distributed_training.launch import launch, print0, said_once, several_machines
+from m28_distributed_training.traffic import BytesSent, ddp_bytes, fsdp_bytes, on_loopback, parameter_bytes
 from m28_distributed_training.training_flags import check, training_parser
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process collects the parts, the others get nothing
@@ -47,7 +48,7 @@ STEPS = 40  # where neither -steps nor -epochs says how many
 
 def train(args) -> None:
     """Train sharded, then the same steps with DDP, compare parameters and memory. Every process runs this."""
-    with only_first_speaks():
+    with said_once():
         data = load_cifar10(args.data, args.batch_size)
     stop = catch_sigterm()
     sharded = train_once(args, data, stop, shard=True)
@@ -74,7 +75,7 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
     settings, reports = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, Reports(args, stop)
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
-    mean_loss, held, sent, stopped, kept = None, {}, BytesSent(), False, False
+    mean_loss, held, sent, wire, stopped, kept = None, {}, BytesSent(), None, False, False
     said = {"desc": "sharded" if shard else "DDP", "unit": "step", "disable": dist.get_rank() != 0}
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, **said)):
         with sent if step == first else contextlib.nullcontext():  # counts what the first step sends
@@ -89,7 +90,7 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
                 loss.backward()
                 reports.losses.append(loss.detach())
         optimizer.step()
-        held = held or held_bytes(model, optimizer, sent)
+        held, wire = held or held_bytes(model, optimizer, sent), wire or on_loopback()  # after the first step
         optimizer.zero_grad()
         scheduler.step()
         if reports.due(step) or step + 1 == steps:
@@ -101,8 +102,16 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
             return None
     held = held or held_bytes(model, optimizer, sent)  # where a finished run was resumed
-    moved = {"sent_mb": sent.by_ring(dist.get_world_size()) / 1e6 or None, "formula_mb": formula(args, P, shard) / 1e6}
+    moved = {"ring_mb": sent.by_ring(dist.get_world_size()) / 1e6 or None, "formula_mb": formula(args, P, shard) / 1e6}
+    moved["wire_mb"] = wire_mb(args, wire, steps - first - 1)
     return {"held": held, **moved, "parameters": full_parameters(model), "loss": mean_loss}
+
+
+def wire_mb(args, before: int | None, steps: int) -> float | None:
+    """MB that each process really sent in a step, out of what went over the loopback interface; None where not all of it is the steps'."""
+    if before is None or steps < 1 or args.checkpoint or args.backend != "gloo" or several_machines():
+        return None
+    return (on_loopback() - before) / steps / dist.get_world_size() / 1e6
 
 
 def formula(args, P: int, shard: bool) -> int:
@@ -169,12 +178,14 @@ def report(args, data: dict, sharded: dict, whole: dict | None) -> None:
         network.load_state_dict(run["parameters"])
         correct = evaluate(network, data["test"], args)
         held = {f"{key}_mb": count / 1e6 for key, count in run["held"].items()}
-        row = {"variant": name, "processes": world, **held, "held_mb": sum(held.values()), "sent_mb": run["sent_mb"]}
-        row |= {"formula_mb": run["formula_mb"], "loss": run["loss"], "accuracy": correct / len(data["test"])}
+        row = {"variant": name, "processes": world, **held, "held_mb": sum(held.values())}
+        row |= {key: run[key] for key in ("ring_mb", "formula_mb", "wire_mb")}
+        row |= {"loss": run["loss"], "accuracy": correct / len(data["test"])}
         rows.append(row | {"parameters_sha256": fingerprint(network)})
     if dist.get_rank():
         return
-    print(f"each of {world} processes, {args.num_threads} threads; MB held at the end of a step, and sent in one (counted, and by formula)")
+    print(f"each of {world} processes, {args.num_threads} threads; MB held at the end of a step, and sent in one: by rings (what is handed")
+    print("over, counted; and by formula), and on the wire")
     print_table([{key: value for key, value in row.items() if key != "parameters_sha256"} for row in rows])
     if whole:
         pairs = [(sharded["parameters"][name], tensor) for name, tensor in whole["parameters"].items()]

@@ -54,9 +54,9 @@ def print0(*words) -> None:
         print(*words, flush=True)
 
 
-def only_first_speaks():
-    """A with-block in which only the first process's print() is seen."""
-    return contextlib.nullcontext() if dist.get_rank() == 0 else contextlib.redirect_stdout(io.StringIO())
+def said_once():
+    """A with-block whose print() is seen in one process of all, and under torchrun alone: elsewhere the parent has said the same."""
+    return contextlib.nullcontext() if dist.get_rank() == 0 and under_torchrun() else contextlib.redirect_stdout(io.StringIO())
 
 
 def launch(worker, args) -> None:
@@ -125,8 +125,10 @@ def watch(ranks: list):
             process.join()
         failed = [process for process in ended if process.exitcode]
         for process in failed:  # before the others complain
-            if process.exitcode < 0 and process.exitcode != -signal.SIGINT:  # of Ctrl-C the parent speaks
-                print(f"{process.name} was killed by signal {-process.exitcode}", file=sys.stderr, flush=True)
+            if process.exitcode == -signal.SIGINT:
+                time.sleep(0.1)  # if it was Ctrl-C, this process gets it as well, and speaks of that instead
+            if process.exitcode < 0:
+                print(f"\n{process.name} was killed by signal {-process.exitcode}", file=sys.stderr, flush=True)
         if failed:
             wait_for_all(list(running), seconds=2)  # those that lost their peer notice it now
             # a signal comes first, that one did not end by itself; then bad input, which explains what the others say
@@ -135,6 +137,7 @@ def watch(ranks: list):
 
 
 def wait_for_all(sentinels: list, seconds: float) -> None:
+    """Until all ended, or none did for so many seconds."""
     while sentinels and (ended := wait(sentinels, timeout=seconds)):
         sentinels = [sentinel for sentinel in sentinels if sentinel not in ended]
 

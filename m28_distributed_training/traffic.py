@@ -4,11 +4,15 @@ k devices, P bytes of parameters (the gradients are as large), B of buffers, X o
 A ring all-reduce passes k - 1 pieces of size P / k around twice, once to add them up and once to hand out the sums
 (https://doi.org/10.1016/j.jpdc.2008.09.002). Sharded training gathers the parameters for the forward pass and again for the
 backward pass, and adds the gradients up without handing all of them out (https://arxiv.org/abs/1910.02054).
+
+That is how nccl does it. Gloo, by which processes talk on CPUs, hands all of the sums out even where each process asks for its part, so
+that sharded training moves more than by the formula: on_loopback() measures what really went by.
 """
 
 import collections
 
 import matplotlib.pyplot as plt
+import psutil
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,14 +22,19 @@ def parameter_bytes(network: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in network.parameters())
 
 
-def dp_bytes(k: int, P: int, B: int, X: int, Y: int) -> dict[str, int]:
-    """Bytes through device 0 in one DataParallel step, by stage: it sends or receives every one of them."""
+def dp_bytes(k: int, P: int, B: int, X: int, Y: int, nccl: bool = False) -> dict[str, int]:
+    """Bytes through device 0 in one DataParallel step, by stage: it sends or receives every one of them.
+
+    `nccl`: of the network and of the gradients only one copy; the other devices hand them on and add them up on the way. In all as many
+    bytes move, over the links between the others. Source: torch/nn/parallel/comm.py and torch/csrc/cuda/comm.cpp.
+    """
+    copies = min(1, k - 1) if nccl else k - 1
     return {
         "scatter inputs": (k - 1) * X // k,
-        "replicate": (k - 1) * (P + B),
+        "replicate": copies * (P + B),
         "gather outputs": (k - 1) * Y // k,
         "scatter gradients": (k - 1) * Y // k,
-        "reduce": (k - 1) * P,
+        "reduce": copies * P,
     }
 
 
@@ -35,7 +44,7 @@ def ddp_bytes(k: int, P: int) -> int:
 
 
 def fsdp_bytes(k: int, P: int, micro_batches: int = 1) -> int:
-    """Bytes that each process sends in one fully sharded step: two all-gathers a micro-batch and one reduce-scatter.
+    """Bytes that each process sends in one fully sharded step, by rings: two all-gathers a micro-batch and one reduce-scatter.
 
     With one micro-batch 1.5 times DDP's. FSDP2 sends a little less: the layers of the outermost group, here the head, are gathered once,
     for they are kept from the forward to the backward pass.
@@ -62,23 +71,32 @@ class BytesSent(TorchDispatchMode):
         return sum(count * (2 if name == "allreduce_" else 1) for name, count in self.handed.items()) * (k - 1) // k
 
 
+def on_loopback() -> int | None:
+    """Bytes that have gone so far over the interface that leads back to this machine; None where nobody counts them (Windows)."""
+    counted = psutil.net_io_counters(pernic=True)
+    return next((counted[name].bytes_sent for name in ("lo", "lo0") if name in counted), None)
+
+
 def traffic_table(P: int, B: int, X: int, Y: int, devices=(2, 4, 8)) -> list[dict]:
-    """A row a number of devices: MB through DataParallel's device 0 by stage and in all, MB that each DDP process sends."""
+    """A row a number of devices: MB through DataParallel's device 0 by stage, in all, and with nccl; MB that each DDP process sends."""
     rows = []
     for k in devices:
         stages = dp_bytes(k, P, B, X, Y)
         dp, ddp = sum(stages.values()), ddp_bytes(k, P)
         megabytes = {f"{name.replace(' ', '_')}_mb": count / 1e6 for name, count in stages.items()}
-        rows.append({"devices": k, **megabytes, "dp_root_mb": dp / 1e6, "ddp_each_mb": ddp / 1e6, "dp_over_ddp": dp / ddp})
+        nccl = sum(dp_bytes(k, P, B, X, Y, nccl=True).values())
+        row = {"devices": k, **megabytes, "dp_root_mb": dp / 1e6, "dp_root_nccl_mb": nccl / 1e6, "ddp_each_mb": ddp / 1e6}
+        rows.append(row | {"dp_over_ddp": dp / ddp})
     return rows
 
 
 def plot_traffic(P: int, B: int, X: int, Y: int) -> plt.Figure:
-    """MB a step over the number of devices: DataParallel's device 0 grows with k - 1, a DDP process stays below 2 P."""
+    """MB a step over the number of devices: DataParallel's device 0 grows with k - 1 without nccl, a DDP process stays below 2 P."""
     devices = list(range(2, 17))
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    root = [sum(dp_bytes(k, P, B, X, Y).values()) / 1e6 for k in devices]
-    axes.plot(devices, root, "o-", color="tab:red", label="DataParallel: through device 0")
+    for label, style, nccl in (("device by device", "o-", False), ("handed on by nccl", "o--", True)):
+        root = [sum(dp_bytes(k, P, B, X, Y, nccl).values()) / 1e6 for k in devices]
+        axes.plot(devices, root, style, color="tab:red", label=f"DataParallel, {label}: through device 0")
     axes.plot(devices, [ddp_bytes(k, P) / 1e6 for k in devices], "o-", color="tab:blue", label="DDP: sent by each process")
     axes.plot(devices, [fsdp_bytes(k, P) / 1e6 for k in devices], "o-", color="tab:green", label="sharded: sent by each process")
     axes.axhline(2 * P / 1e6, color="tab:blue", linestyle=":", linewidth=1)

@@ -14,8 +14,6 @@ from errors import InputError, under_torchrun
 from m28_distributed_training.checkpoint import EVERY, add_checkpoint_flags, check_file
 from m28_distributed_training.launch import local_processes, world_size
 
-MANY = 8  # processes: more of them would each find out alone that the data are too few
-
 
 def training_parser(doc: str, steps: int | None = None):
     """The parser of both scripts; `steps`: how many the script takes where no flag says it, None for three epochs."""
@@ -64,8 +62,8 @@ def check(args) -> None:
             f"-batch_size {args.batch_size} does not divide into {micro} equal micro-batches ({world_size(args)} processes x "
             f"-accumulate {args.accumulate}): give a multiple of {micro}"
         )
-    if world_size(args) > MANY:
-        load_cifar10(args.data, args.batch_size)
+    if not under_torchrun():
+        load_cifar10(args.data, args.batch_size)  # found or drawn once, before the processes are started
     args.every = args.every or EVERY
     if args.checkpoint:
         check_file(args.checkpoint, args.resume)
@@ -92,9 +90,7 @@ def settle_device(args) -> None:
     args.backend = args.backend or ("nccl" if gpus else "gloo")
     args.nproc = args.nproc or (min(2, gpus) if args.backend == "nccl" else 2) or 1
     if args.backend == "nccl" and not gpus:
-        raise InputError(
-            "-backend nccl needs CUDA devices and a torch built with nccl, which are not here: leave it out, gloo is used then"
-        )
+        raise InputError("-backend nccl needs CUDA devices, a torch built with nccl, and no -device cpu: leave it out, gloo is used then")
     if args.backend == "nccl" and local_processes(args) > gpus:
         many, has = f"{local_processes(args)} processes", f"{gpus} GPU{'s' if gpus > 1 else ''}"
         raise InputError(

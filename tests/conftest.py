@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 600  # what has not ended by then never will; on a busy machine a run takes many times its usual seconds
 TEMPORARY = Path(os.environ.get("COURSE_TESTS") or tempfile.mkdtemp(prefix="course-tests-"))
 os.environ["COURSE_TESTS"] = str(TEMPORARY)  # a spawned worker that imports this file shall not make a folder of its own
 for variable, folder in {"COURSE_DATA": "data", "COURSE_RESULTS": "results", "NUMBA_CACHE_DIR": "numba", "HF_HOME": "huggingface"}.items():
@@ -46,7 +47,7 @@ def same_threads():
 def run_script():
     """Run a script as a learner would: run_script("m27_data_loading/cpu_layout.py", "-seed", "1").stdout."""
 
-    def run(script: str, *flags, cwd: Path = ROOT, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
+    def run(script: str, *flags, cwd: Path = ROOT, timeout: float = PATIENCE_S, **environment) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
         return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout)
 
@@ -127,7 +128,7 @@ def start_in_fork(processes, tmp_path_factory):
 def run_in_fork(start_in_fork):
     """As run_script, by start_in_fork."""
 
-    def run(script: str, *flags, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
+    def run(script: str, *flags, timeout: float = PATIENCE_S, **environment) -> subprocess.CompletedProcess:
         process = start_in_fork(script, *flags, **environment)
         process.join(timeout)
         return subprocess.CompletedProcess(flags, process.exitcode, *process.output())
@@ -135,7 +136,7 @@ def run_in_fork(start_in_fork):
     return run
 
 
-def end(process, seconds: float = 30) -> tuple[str, str]:
+def end(process, seconds: float = PATIENCE_S) -> tuple[str, str]:
     """What a forked script had printed and said when it ended."""
     process.join(seconds)
     return process.output()
@@ -158,7 +159,7 @@ def forked_run(start_in_fork):
             return int(steps[-1]) if steps else 0
 
         def end(self) -> str:
-            printed, said = end(self.process, seconds=180)
+            printed, said = end(self.process)
             assert self.process.exitcode == 0, f"{printed}\n{said[-3000:]}"
             return printed
 
@@ -172,7 +173,7 @@ def check_refusals(start_in_fork):
     def check(script: str, cases: dict[tuple, tuple[int, str]], **environment) -> None:
         runs = [start_in_fork(script, *flags, **environment) for flags in cases]
         for run, (flags, (code, said)) in zip(runs, cases.items(), strict=True):
-            run.join(120)
+            run.join(PATIENCE_S)
             _, error = run.output()
             assert run.exitcode == code and said in error and "Traceback" not in error, (flags, error)
             assert error.count("\n") == 1 or code != 2, error
@@ -187,7 +188,7 @@ def press_ctrl_c():
     def press(process: subprocess.Popen, within_s: float) -> str:
         family, begin = psutil.Process(process.pid).children(recursive=True), time.time()
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=PATIENCE_S)
         assert time.time() - begin < within_s
         assert process.returncode != 0 and "stopped by Ctrl-C" in said and "Traceback" not in said
         alive = psutil.wait_procs(family, timeout=1)[1]  # a process that nobody waits for ends a moment after its parent

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE_S
 from torch import nn
 
 from cifar10 import SAMPLE_NAME, ConvNet, Images, load_cifar10, normalize, stratified
@@ -515,7 +516,7 @@ def test_without_network_an_id_of_the_hub_is_refused_within_two_seconds(tiny_vit
     """And a teacher in a folder does not make data of the hub wait: the libraries ask once, at their import, whether there is a network."""
     (tmp_path / "datasets--nobody--fetched").mkdir()  # what a download leaves that broke off
     command, environment = [sys.executable, "-c", NO_NETWORK, str(tiny_vit)], {**os.environ, "HF_HUB_CACHE": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     broken, *unknown = (line.split(" ", 1) for line in done.stdout.splitlines())
     assert float(broken[0]) < 10 and "nobody/fetched: no such folder, and not to be had from the hub" in broken[1]
@@ -528,7 +529,7 @@ def test_the_run_with_it_and_its_refusal(run_in_fork, check_refusals, results, t
     check_refusals(SCRIPT, {("-quick", "-teacher", str(tiny_vit)): (1, "less than -min_teacher_accuracy 0.2")})
     flags = ("-quick", "-teacher", tiny_vit, "-min_teacher_accuracy", "0", "-epochs", "1", "-limit", "600")
     share = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / SCRIPT, *flags]
-    done = subprocess.run(share, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(share, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     kept = {file: file.stat().st_mtime_ns for file in DATA.glob("teacher_logits/*/*.npz")}
     done = run_in_fork(SCRIPT, *flags)

@@ -36,6 +36,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 )
 def test_the_formulas_by_hand(k, stages, ddp, fsdp):
     assert tuple(dp_bytes(k, 1_000, 10, 640, 80).values()) == stages
+    inputs, _, outputs, gradients, _ = stages
+    assert tuple(dp_bytes(k, 1_000, 10, 640, 80, nccl=True).values()) == (inputs, 1_010, outputs, gradients, 1_000)
     assert (ddp_bytes(k, 1_000), fsdp_bytes(k, 1_000)) == (ddp, fsdp)
     [row] = traffic_table(1_000_000, 10_000, 640_000, 80_000, devices=(k,))
     assert row["devices"] == k and row["dp_root_mb"] == pytest.approx(sum(stages) / 1e3) and row["ddp_each_mb"] == ddp / 1e3
@@ -46,6 +48,7 @@ def test_ddp_never_reaches_twice_the_parameters_and_dataparallel_grows():
     assert all(ddp_bytes(k, 4_000_000) < 8_000_000 for k in range(2, 1_000))
     roots = [sum(dp_bytes(k, 1_000, 0, 0, 0).values()) for k in (2, 3, 4, 5)]
     assert roots == [2_000, 4_000, 6_000, 8_000]
+    assert [sum(dp_bytes(k, 1_000, 0, 0, 0, nccl=True).values()) for k in (1, 2, 5)] == [0, 2_000, 2_000]
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -103,6 +106,6 @@ def test_what_cannot_work_is_said(check_refusals):
         (*SMALL, "-devices", "3"): (1, "error: -devices 3 does not divide -batch_size 128: every device takes an equal part\n"),
         (*SMALL, "-batch_size", "10002"): (1, "a batch of 10002 images is more than the 10,000 training images of the drawn sample\n"),
         (*SMALL, "-device_ids", "0", "0"): (1, "error: -device_ids 0 0: each GPU can be given once\n"),
-        (*SMALL, "-device_ids", "0", "1"): (1, "error: -device_ids 0: there are 0 GPUs here, counted from 0\n"),
+        (*SMALL, "-device_ids", "0", "1"): (1, "error: -device_ids 0: no CUDA device is in use here\n"),
     }
     check_refusals(SCRIPT, cases)

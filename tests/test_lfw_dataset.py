@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE_S, ROOT
 from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 from torchvision import transforms
@@ -445,7 +445,7 @@ def test_a_killed_worker_is_said(endless_run):
     process, workers = endless_run
     time.sleep(0.5)
     workers[0].kill()
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert (
         re.search(r"error: (a )?DataLoader worker .*(is killed by signal|exited unexpectedly|ended while)", said)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from conftest import PATIENCE_S
 from torch import nn
 
 from cifar10 import ConvNet, Images
@@ -135,7 +136,7 @@ kept = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
 torch.set_num_threads({torch.get_num_threads()})
 assert torch.equal(torch._inductor.aoti_load_package({str(file)!r})(kept["images"]), kept["ours"])
 """
-    subprocess.run([sys.executable, "-c", elsewhere], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", elsewhere], check=True, timeout=PATIENCE_S)
 
 
 def test_a_flipped_bit_in_a_weight_is_noticed(graph, tmp_path):
@@ -254,7 +255,7 @@ def test_without_torchao_a_sentence_says_what_to_install(monkeypatch):
 def test_the_run_of_a_learner(run_script, run_in_fork, results, tmp_path):
     kept = tmp_path / "student.pt2"
     # the number of threads decides in which order is added up, so it makes another student
-    done = run_script(SCRIPT, "-model", "student", "-quick", "-save", kept, "-num_threads", "2", timeout=300)
+    done = run_script(SCRIPT, "-model", "student", "-quick", "-save", kept, "-num_threads", "2")
     assert done.returncode == 0, done.stderr
     assert "loaded again it computes the same bits" in done.stdout and "test images: int8" in done.stdout and "Traceback" not in done.stderr
     rows = {row["variant"]: row for row in json.loads((results / "quantize.json").read_text())["rows"]}
@@ -431,7 +432,7 @@ def test_code_that_cannot_be_loaded_is_a_sentence(monkeypatch, tmp_path):
 
 
 def test_layers_are_kept_in_float_one_at_a_time(run_in_fork, results):
-    done = run_in_fork(SCRIPT, "-model", "student", "-quick", "-layers", timeout=300)
+    done = run_in_fork(SCRIPT, "-model", "student", "-quick", "-layers")
     assert done.returncode == 0, done.stderr
     rows = json.loads((results / "quantize.json").read_text())["rows"]
     assert [row["kept_float32"] for row in rows] == ["none", "stages.0.conv1", "stages.0.conv2"]
@@ -441,7 +442,7 @@ def test_layers_are_kept_in_float_one_at_a_time(run_in_fork, results):
 @needs_compiler
 @pytest.mark.skipif(not X86 or sys.platform == "darwin", reason="int8 operations are for x86, marks not for macOS")
 def test_the_profile_names_every_layer(run_in_fork, results):
-    done = run_in_fork(SCRIPT, "-model", "student", "-quick", "-profile", "-batch_sizes", "8", timeout=300)
+    done = run_in_fork(SCRIPT, "-model", "student", "-quick", "-profile", "-batch_sizes", "8")
     assert done.returncode == 0 and "gpuGetDeviceCount" not in done.stderr, done.stderr
     rows = json.loads((results / "quantize.json").read_text())["rows"]
     layers = [row for row in rows if row["gmacs"]]

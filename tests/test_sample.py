@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE_S
 from PIL import Image
 from torch import nn
 
@@ -258,7 +259,7 @@ def test_two_scripts_that_start_together_do_not_disturb_each_other(faces, shapes
         "download.py": start([sys.executable, "sample.py", "--images=200"], cwd=ROOT / "data"),
     }
     for fetch, process in processes.items():
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, errors
         assert output.count("\n") == 2 and f"python {Path(fetch)} cifar10" in output
     assert digest(tmp_path / "sample_lfw") == digest(faces) and digest(tmp_path / "sample_cifar10") == digest(shapes)
