@@ -128,6 +128,10 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a share between 0 and 1 is expected")
 
 
+def share_above_0(text: str) -> float:
+    return share(text) or positive_number(text)
+
+
 def seed(text: str) -> int:
     return _whole_number(text, 0, 2**32 - 1)  # NumPy takes no larger one
 

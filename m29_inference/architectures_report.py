@@ -77,12 +77,11 @@ def advise(rows: list[dict], budget_ms: float) -> str:
     fitting = [row for row in rows if row["latency_ms"] <= budget_ms]
     if not fitting:
         fastest = min(rows, key=lambda row: row["latency_ms"])
-        none = f"None of {len(rows)} networks needs at most {budget_ms:g} ms"
+        none = f"None of {len(rows)} networks needs at most {budget_ms:g} ms at batch {fastest['batch']}"
         return f"{none}; the fastest, {fastest['model']}, takes {fastest['latency_ms']:.1f} ms."
     best = max(fitting, key=lambda row: row["accuracy_published"])
-    text = (
-        f"For {budget_ms:g} ms take {best['model']}: {best['accuracy_published']:.1%} published accuracy in {best['latency_ms']:.1f} ms, "
-    )
+    reached = f"{best['accuracy_published']:.1%} published accuracy in {best['latency_ms']:.1f} ms"
+    text = f"For {budget_ms:g} ms at batch {best['batch']} take {best['model']}: {reached}, "
     if better := [row for row in rows if row["accuracy_published"] > best["accuracy_published"]]:
         next_one = min(better, key=lambda row: row["latency_ms"])
         return (

@@ -1,6 +1,7 @@
 """The file that an int8 network is kept in: its graph and its whole numbers, for any batch size, to be compiled where it is used."""
 
 import io
+import json
 import struct
 import sys
 import zipfile
@@ -42,17 +43,32 @@ def deflate_text(content: io.BytesIO) -> io.BytesIO:
 
 
 def check_graph_file(file: Path) -> None:
-    """InputError where there is no such file, a damaged one, or one for other processors: to be called before minutes are spent."""
+    """InputError where there is no such file, a damaged one, or one for other processors: to be called before minutes are spent.
+
+    Also for one with parts that torch would unpickle, which runs whatever code they hold; save_graph writes none.
+    """
+    if Path(file).is_dir():
+        raise InputError(f"-load {file} is a folder: give a file")
     if not Path(file).is_file():
-        raise InputError(f"{file}: no such file")
+        raise InputError(f"-load {file}: no such file")
     try:
         check_zip(file)
         with zipfile.ZipFile(file) as parts:
             [bits] = [parts.read(name) for name in parts.namelist() if name.endswith(f"/{BITS}")]
+            pickled = [part.filename for part in parts.infolist() if is_pickled(part, parts)]
     except (*DAMAGED, struct.error) as error:
         raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error
+    if pickled:
+        raise InputError(f"{file} is not a network that was kept with -save: {pickled[0]} could run any code when it is read")
     if bits == b"8" and not has_vnni():
         raise InputError(f"{file} has activations of 8 bits, for processors with VNNI: here their sums would overflow, convert it anew")
+
+
+def is_pickled(part: zipfile.ZipInfo, parts: zipfile.ZipFile) -> bool:
+    """Whether torch.export.load() would unpickle this part of a file: example images, and tensors whose list says so."""
+    if part.filename.endswith("_config.json"):
+        return any(tensor["use_pickle"] for tensor in json.loads(parts.read(part))["config"].values())
+    return "/sample_inputs/" in part.filename and part.file_size > 0
 
 
 def load_graph(file: Path) -> tuple[nn.Module, str]:

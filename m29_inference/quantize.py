@@ -22,8 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import parse, positive_int, print_table, save_figure, save_results
-from errors import InputError
+from common import parse, positive_int, print_table, save_figure, save_results, share_above_0
 from m29_inference.student import cpu_parser
 from machine import usable_cores
 
@@ -161,8 +160,6 @@ def plot_sums(rows: list[dict]) -> plt.Figure:
 
 
 def main(args) -> list[dict]:
-    if not 0 < args.clip <= 1:
-        raise InputError(f"-clip {args.clip} is the share of the values inside the range: more than 0, at most 1")
     generator = torch.Generator().manual_seed(args.seed)
     x = 1 + torch.randn(10_000 if args.quick else 1_000_000, generator=generator)  # not around 0, so that the zero point is not 0 either
     low, high = (x.sort().values[round(part * (len(x) - 1))] for part in ((1 - args.clip) / 2, (1 + args.clip) / 2))
@@ -220,7 +217,7 @@ if __name__ == "__main__":
     parser = cpu_parser(__doc__)
     flag = parser.add_argument
     flag("-bits", type=positive_int, choices=range(2, 9), metavar="2..8", default=8, help="bits a number (default: 8)")
-    flag("-clip", type=float, default=1.0, help="share of the values that the range holds, the others saturate (default: 1.0)")
+    flag("-clip", type=share_above_0, default=1.0, help="share of the values that the range holds, the others saturate (default: 1.0)")
     flag("-model", help="convert a whole network: student (trained here), or a name of torchvision's")
     part = parser.add_mutually_exclusive_group().add_argument
     part("-layers", action="store_true", help="with -model: keep one layer at a time in float32")
@@ -231,7 +228,7 @@ if __name__ == "__main__":
     flag("-pretrained", action="store_true", help="with -model: download torchvision's weights; changes no latency")
     flag("-data", help="for the student: folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")
     flag("-save", type=Path, help="with -model: keep the int8 network in this file")
-    flag("-load", type=Path, help="with -model: take the int8 network from this file instead of converting")
+    flag("-load", type=Path, help="with -model: take the int8 network from this file, one that you kept yourself, instead of converting")
     flag("-peers", action="store_true", help="with -model: also ONNX Runtime and OpenVINO, where they are installed")
     args = parse(parser)
     refuse_idle_flags(parser, args)

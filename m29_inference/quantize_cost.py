@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import math
 import sys
 import tempfile
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
@@ -17,6 +17,7 @@ from errors import InputError
 from m29_inference.int8 import compile_to_file, load_compiled
 from m29_inference.int8_file import load_graph, save_graph
 from m29_inference.quantize_peers import load_peers
+from m29_inference.torchvision_networks import size_of_weights
 from m29_inference.training import CPU, answers, fingerprint
 from paths import display_path
 
@@ -55,7 +56,7 @@ def compare_accuracy(network: nn.Module, variants: dict, peers: dict, data: dict
     theirs = answers(network, data["test"], CPU, batch)
     found = {"eager": {"accuracy": (theirs == labels).double().mean().item()}}
     print()
-    for name, variant in {**variants, **load_peers(peers, images)}.items():
+    for name, variant in tqdm({**variants, **load_peers(peers, images)}.items(), "right answers", unit="variant", leave=False):
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             function = variant
             if compile_them and name in variants:
@@ -64,18 +65,11 @@ def compare_accuracy(network: nn.Module, variants: dict, peers: dict, data: dict
             ours = answers(function, data["test"], CPU, batch)
         difference, same = (ours == labels).double() - (theirs == labels).double(), (ours == theirs).double().mean().item()
         points, half = difference.mean().item(), margin(difference)
-        print(f"{len(labels):,} test images: {name} {points * 100:+.2f} points (95 % interval +- {half * 100:.2f}), ", end="")
-        print(f"the same class as float32 for {same:.2%}")
+        said = f"{name} {points * 100:+.2f} points (95 % interval +- {half * 100:.2f}), the same class as float32 for {same:.2%}"
+        tqdm.write(f"{len(labels):,} test images: {said}")
         found[name] = {"accuracy": (ours == labels).double().mean().item(), "accuracy_difference": points}
         found[name] |= {"accuracy_margin": half, "same_class": same}
     return found
-
-
-def size_of_weights(network: nn.Module) -> float:
-    """MB of a network's numbers as saved."""
-    content = io.BytesIO()
-    torch.save(network.state_dict(), content)
-    return content.tell() / 1e6
 
 
 def sizes_mb(network: nn.Module, variants: dict[str, nn.Module], images: torch.Tensor, kept: Path | None) -> dict[str, float]:

@@ -150,6 +150,20 @@ def time_all(args, network: nn.Module, variants: dict, peers: dict, calibration:
     return rows
 
 
+def say_yardstick(rows: list[dict], network: nn.Module, images: torch.Tensor) -> None:
+    """How far apart the answers to two of the images, (n, 3, height, width), are: what a relative difference must be small against."""
+    with torch.inference_mode():
+        outputs = network(images)
+    apart = relative(outputs.roll(1, 0), outputs)
+    print(f"a yardstick for relative_difference: between the answers to two images it is {apart:.2g}")
+    most = max(row["relative_difference"] for row in rows if "int8" in row["variant"])
+    if most > apart / 2:
+        print(
+            f"warning: int8 is off by up to {most:.2g}: with random weights all images get nearly the same answer, so that this "
+            "proves little; see -model student, or -pretrained"
+        )
+
+
 def say_where_floats_are_left(rows: list[dict], layers: int) -> None:
     """A sentence for each variant whose compiled code has fewer int8 operations than the network has layers."""
     for name in dict.fromkeys(row["variant"] for row in rows):
@@ -189,6 +203,7 @@ def compare(args) -> list[dict]:
         row |= {"size_mb": sizes.get(row["variant"]), "accuracy": None} | accuracy.get(same, {})
     said = ("runs_ms", "accuracy_difference", "accuracy_margin", "same_class")  # in sentences, here and below
     print_table([{key: value for key, value in row.items() if key not in said} for row in rows])
+    say_yardstick(rows, network, calibration[0])
     say_where_floats_are_left(rows, sum(isinstance(module, nn.Conv2d | nn.Linear) for module in with_plain_attention(network).modules()))
     say(rows)
     save_figure(plot_speed(rows), quantize.__file__, "speed", args, f"{REPEATS} repeats in turn, median")

@@ -1,4 +1,4 @@
-"""The sentences and pictures of `quantize.py -model NAME`; the verdict on latencies is also that of prune.py."""
+"""The verdict on latencies of all scripts of M29, and the sentences and pictures of `quantize.py -model NAME`."""
 
 import statistics
 

@@ -1,5 +1,6 @@
 """What stands before a network is quantized: the network, the images that set the scales, what this machine lacks."""
 
+import platform
 import sys
 from pathlib import Path
 
@@ -28,9 +29,6 @@ def load_network(args) -> tuple[nn.Module, list[torch.Tensor], dict | None]:
         images = normalize(data["train"].images[picked])
     else:
         (network, weights), data = build(args.model, args.pretrained, CPU, others=("student",)), None
-        for module in network.modules():
-            if isinstance(module, nn.Linear) and not module.weight.any():  # the head of an untrained Vision Transformer: all outputs 0
-                nn.init.trunc_normal_(module.weight, std=0.02)
         resolution = published_resolution(weights)
         check_memory(n, resolution)
         images = torch.randn(n, 3, resolution, resolution, generator=torch.Generator().manual_seed(args.seed))
@@ -77,5 +75,5 @@ def say_what_is_missing() -> None:
 
 
 def say_seven_bits() -> None:
-    if not has_vnni():
+    if not has_vnni() and platform.machine().lower() in ("x86_64", "amd64"):
         print("torch finds no VNNI here, so int8 products may be added up in 16 bits: activations are kept in 7, so that no sum overflows.")

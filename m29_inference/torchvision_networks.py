@@ -1,8 +1,10 @@
 """Networks of torchvision by name, and how many images at a time fit into memory; for architectures.py and quantize.py."""
 
+import copy
 import difflib
 import pickle
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -25,10 +27,7 @@ def build(name: str, pretrained: bool, device: torch.device, others: tuple[str, 
 
     InputError for an unknown name, with those that are like it; `others`: names that the script knows besides torchvision's.
     """
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        near = difflib.get_close_matches(name, [*others, *known], n=3, cutoff=0.5)
-        raise InputError(f"torchvision has no network {name}{', did you mean ' + ' or '.join(near) if near else ''}")
+    check_name(name, others)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     fetched = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name).exists()
     if pretrained and not fetched and not online(weights.url):
@@ -44,7 +43,17 @@ def build(name: str, pretrained: bool, device: torch.device, others: tuple[str, 
         raise InputError(
             f"-pretrained: the weights of {name} cannot be fetched or read ({first_line(error)}): leave the flag out{clear}"
         ) from error
+    if isinstance(model, torchvision.models.VisionTransformer) and not pretrained:
+        nn.init.trunc_normal_(model.heads.head.weight, std=0.02)  # they are all 0 before, and so would be all outputs
     return model.eval().to(device), weights
+
+
+def check_name(name: str, others: tuple[str, ...] = ()) -> None:
+    """InputError for a name that torchvision does not know, with those that are like it."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, [*others, *known], n=3, cutoff=0.5)
+        raise InputError(f"torchvision has no network {name}{', did you mean ' + ' or '.join(near) if near else ''}")
 
 
 def published_resolution(weights) -> int:
@@ -55,20 +64,33 @@ def uses_attention(model: nn.Module) -> bool:
     return any("Attention" in type(module).__name__ for module in model.modules())
 
 
-def activation_bytes(model: nn.Module, image: torch.Tensor) -> int:
-    """Bytes that are alive at once while `image` passes, about: LIVE times what the largest layer reads and writes."""
-    largest = 0
+def outline(model: nn.Module) -> nn.Module:
+    """A copy without numbers, on torch's device "meta": sizes and operations can be followed there in no memory and no time."""
+    parameters = {id(tensor): nn.Parameter(tensor.to("meta"), tensor.requires_grad) for tensor in model.parameters()}
+    return copy.deepcopy(model, {**parameters, **{id(tensor): tensor.to("meta") for tensor in model.buffers()}})
+
+
+def activation_bytes(model: nn.Module, resolution: int) -> int:
+    """Bytes that are alive at once while an image passes, about: LIVE times what the largest layer reads and writes."""
+    largest, model = 0, outline(model)
 
     def look(module: nn.Module, inputs, output) -> None:
         nonlocal largest
         largest = max(largest, sum(value.nbytes for value in (*inputs, output) if isinstance(value, torch.Tensor)))
 
-    hooks = [module.register_forward_hook(look) for module in model.modules() if not list(module.children())]
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(look)
     with torch.inference_mode():
-        model(image)
-    for hook in hooks:
-        hook.remove()
+        model(torch.empty(1, 3, resolution, resolution, device="meta"))
     return LIVE * largest
+
+
+def size_of_weights(network: nn.Module) -> float:
+    """MB of a network's numbers as saved."""
+    with tempfile.TemporaryFile() as file:
+        torch.save(network.state_dict(), file)
+        return file.tell() / 1e6
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -83,7 +105,7 @@ def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, devi
     if resolution < SMALLEST:
         raise InputError(f"-resolution {resolution} is too small: these networks halve it five times, so {SMALLEST} is the least")
     try:
-        each = activation_bytes(model, torch.zeros(1, 3, resolution, resolution, device=device))
+        each = activation_bytes(model, resolution)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[-1][:100]
         raise InputError(f"{name} does not work at -resolution {resolution} ({reason}): {hint_resolution(name)}") from error

@@ -34,7 +34,8 @@ MOST_EPOCHS = 200  # of a training to convergence; the networks here need 20 to 
 
 def fast_format(device: torch.device) -> dict:
     """Arguments for torch.autocast: bfloat16 where the device computes with it in hardware, float32 otherwise."""
-    capable = cuda_has_bfloat16() if device.type == "cuda" else device.type == "cpu" and cpu_has("avx512_bf16")
+    cpu_capable = cpu_has("avx512_bf16") or cpu_has("bf16")  # the second on ARM
+    capable = cuda_has_bfloat16() if device.type == "cuda" else device.type == "cpu" and cpu_capable
     return {"device_type": device.type, "dtype": torch.bfloat16, "enabled": capable}
 
 

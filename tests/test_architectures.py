@@ -77,15 +77,15 @@ def test_a_published_count_is_known_to_a_thousandth():
 
 def test_the_front_and_the_advice():
     rows = [
-        {"model": name, "latency_ms": ms, "accuracy_published": accuracy}
+        {"model": name, "batch": 1, "latency_ms": ms, "accuracy_published": accuracy}
         for name, ms, accuracy in [("slow", 50.0, 0.8), ("beaten", 20.0, 0.6), ("fast", 10.0, 0.7)]
     ]
     assert [row["model"] for row in architectures_report.pareto(rows)] == ["fast", "slow"]
     said = {budget: architectures_report.advise(rows, budget) for budget in (30, 60)}
     assert "take fast" in said[30] and "slow is more accurate and needs 50.0 ms" in said[30]
     assert "take slow" in said[60] and "the most accurate of 3, and it fits" in said[60]
-    assert architectures_report.advise(rows, 5).startswith("None of 3 networks needs at most 5 ms; the fastest, fast")
-    nearest = [{"model": "slower", "latency_ms": 90.0, "accuracy_published": 0.9}, *rows]
+    assert architectures_report.advise(rows, 5).startswith("None of 3 networks needs at most 5 ms at batch 1; the fastest, fast")
+    nearest = [{"model": "slower", "batch": 1, "latency_ms": 90.0, "accuracy_published": 0.9}, *rows]
     assert "slow is more accurate and needs 50.0 ms" in architectures_report.advise(nearest, 30)
     assert "nothing to weigh the latencies against" in architectures_report.advise([], 30)
 
@@ -105,9 +105,63 @@ def test_an_accuracy_is_that_of_its_resolution():
     assert [row["gmacs_published"] for row in rows] == [None, 0.217]
 
 
+def test_rates_and_shares_follow_from_the_latency(monkeypatch, capsys):
+    row = {
+        "model": "resnet18",
+        "resolution": 64,
+        "parameters": 1,
+        "size_mb": 1.0,
+        "gmacs": 3.0,
+        "gmacs_ptflops": 3.0,
+        "gmacs_flop_counter": 3.0,
+    }
+    row |= {"gmacs_published": 3.0, "accuracy_published": 0.7, "note": None}
+    timed = {"latency_ms": 200.0, "latency_sd_ms": 1.0, "layout": "contiguous", "layout_gain": "", "runs_ms": [200.0]}
+    monkeypatch.setattr(architectures, "build", lambda *_: (nn.Linear(1, 1), None))
+    monkeypatch.setattr(architectures, "published_resolution", lambda weights: 64)
+    monkeypatch.setattr(architectures, "fitting_batch", lambda model, name, pixels, batch, *_: batch)
+    monkeypatch.setattr(architectures, "describe", lambda *_: row)
+    monkeypatch.setattr(architectures, "time_in_turn", lambda inputs, device: dict.fromkeys(inputs, timed))
+    monkeypatch.setattr(architectures, "ceilings", lambda device: {"a matrix product": 100.0, "a 3x3 convolution": 240.0})
+    monkeypatch.setattr(architectures, "save_figure", lambda *_: None)
+    args = {"models": ["resnet18"], "resolution": None, "batch_sizes": [8], "quick": False, "pretrained": False, "budget_ms": 50.0}
+    [found] = architectures.main(SimpleNamespace(**args, device=CPU))
+    assert (found["images_per_s"], found["gmacs_per_s"], found["of_ceiling"]) == (40.0, 120.0, 0.5)  # 8 images in 0.2 s, 3 GMACs each
+    assert "None of 1 networks needs at most 50 ms at batch 8; the fastest, resnet18, takes 200.0 ms" in capsys.readouterr().out
+
+
+def test_the_ceiling_is_what_a_product_of_known_size_reaches(monkeypatch):
+    monkeypatch.setattr(architectures, "measure", lambda call, device: Timing([2.0, 1.0]))
+    assert architectures.ceilings(CPU, n=200) == {"a matrix product": 8.0, "a 3x3 convolution": 8 * 32 * 32 * 9 * 256 * 256 / 1e6}
+
+
+def test_an_untrained_vision_transformer_whose_other_layout_is_wrong_is_noticed(monkeypatch):
+    with torch.no_grad():
+        model, _ = torchvision_networks.build("vit_b_32", False, CPU)
+        images = torch.randn(1, 3, 224, 224)
+        assert model(images).abs().max() > 0
+        assert set(architectures.layouts_of(model, images)) == {"contiguous", "channels_last"}
+        monkeypatch.setattr(architectures.copy, "deepcopy", lambda network: torchvision_networks.build("vit_b_32", False, CPU)[0])
+        with pytest.raises(RuntimeError, match="channels_last computes something else: relative difference"):
+            architectures.layouts_of(model, images)
+
+
+def test_what_needs_more_memory_than_there_is_is_said_without_taking_it():
+    model, _ = torchvision_networks.build("mobilenet_v3_large", False, CPU)
+    with pytest.raises(InputError, match=r"mobilenet_v3_large needs about [\d,]{11,} MB an image, [\d,]+ MB are free"):
+        torchvision_networks.fitting_batch(model, "mobilenet_v3_large", 1_000_000, 1, CPU)
+    assert next(model.parameters()).device == CPU  # it was an outline that was sent through
+
+
+def test_a_wrong_name_is_said_before_any_network_is_built(monkeypatch):
+    monkeypatch.setattr(architectures, "build", lambda *_: pytest.fail("built"))
+    with pytest.raises(InputError, match="torchvision has no network resnet81, did you mean"):
+        architectures.measure_all(SimpleNamespace(models=["mobilenet_v3_small", "resnet81"], batch_sizes=None, quick=True))
+
+
 def test_a_batch_too_large_for_the_memory_is_made_smaller(monkeypatch, capsys):
     model, _ = torchvision_networks.build("mobilenet_v3_large", False, CPU)
-    each = torchvision_networks.activation_bytes(model, torch.zeros(1, 3, 32, 32))
+    each = torchvision_networks.activation_bytes(model, 32)
     monkeypatch.setattr(torchvision_networks, "available_memory", lambda: 10 * each)
     assert torchvision_networks.fitting_batch(model, "mobilenet_v3_large", 32, 4, CPU) == 4 and capsys.readouterr().out == ""
     assert torchvision_networks.fitting_batch(model, "mobilenet_v3_large", 32, 64, CPU) == 8
@@ -129,7 +183,7 @@ def test_all_networks_are_timed_with_the_batch_that_fits_all(monkeypatch):
 
 def test_the_estimated_memory_is_three_times_what_the_largest_layer_reads_and_writes():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 16 * 16, 10))
-    assert torchvision_networks.activation_bytes(net.eval(), torch.zeros(1, 3, 32, 32)) == 3 * 4 * 2 * (8 * 32 * 32)  # of the ReLU
+    assert torchvision_networks.activation_bytes(net.eval(), 32) == 3 * 4 * 2 * (8 * 32 * 32)  # of the ReLU
 
 
 def test_weights_on_a_server_that_is_not_reached_are_said_at_once(monkeypatch, tmp_path):
@@ -207,7 +261,7 @@ def test_weights_that_cannot_be_fetched_are_said(monkeypatch, error):
 def test_the_run_of_a_learner(run_script, results):
     done = run_script(SCRIPT, "-quick", "-models", "mobilenet_v3_large", "resnet18", "-budget_ms", "60000")
     assert done.returncode == 0, done.stderr
-    assert "GMAC/s here: a matrix product" in done.stdout and "For 60000 ms take" in done.stdout
+    assert "GMAC/s here: a matrix product" in done.stdout and "For 60000 ms at batch 1 take" in done.stdout
     rows = json.loads((results / "architectures.json").read_text())["rows"]
     keys = {"model", "parameters", "gmacs", "gmacs_published", "batch", "latency_ms", "images_per_s", "accuracy_published"}
     keys |= {"of_ceiling", "layout_gain"}

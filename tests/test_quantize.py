@@ -29,9 +29,7 @@ def test_error_is_at_most_half_a_scale_and_zero_is_exact(bits):
     scale, zero_point = scale_and_zero_point(x.min(), x.max(), bits)
     q = quantize(x, scale, zero_point, bits)
     assert q.dtype == torch.int8 and q.min() >= levels(bits)[0] and q.max() <= levels(bits)[1] and len(q.unique()) <= 2**bits
-    # the zero point is rounded, so that the range moves by up to half a scale: one end may saturate by as much
-    assert (dequantize(q, scale, zero_point) - x).abs().max() <= scale * 1.001
-    assert (dequantize(q, scale, zero_point) - x).abs().quantile(0.99) <= scale * 0.5001
+    assert (dequantize(q, scale, zero_point) - x).abs().max() <= scale * 0.5001
     assert dequantize(quantize(torch.zeros(1), scale, zero_point, bits), scale, zero_point) == 0
 
 
@@ -94,5 +92,5 @@ def test_the_run_of_a_learner(run_script, results):
 
 
 def test_bad_input_is_said(check_refusals):
-    cases = {("-bits", "9"): (2, "-bits"), ("-clip", "0"): (1, "-clip 0.0 is the share"), ("-clip", "2"): (1, "-clip 2.0")}
+    cases = {("-bits", "9"): (2, "-bits"), ("-clip", "0"): (2, "argument -clip: '0' is not allowed"), ("-clip", "2"): (2, "a share")}
     check_refusals(SCRIPT, cases)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import pickle
 import platform
 import subprocess
 import sys
@@ -110,13 +111,54 @@ def test_what_is_saved_comes_back_bit_for_bit(graph, tmp_path):
     assert list(tmp_path.iterdir()) == [file] and file.stat().st_size < 50_000  # no example images, no source lines, compressed text
 
 
+def test_times_as_fast_as_eager_are_eagers_time_over_ones_own(network, monkeypatch, tmp_path):
+    times = {"eager": Timing([8.0, 9.0, 30.0]), "channels_last": Timing([4.0, 3.0, 10.0])}
+    monkeypatch.setattr(quantize_model, "measure_alternately", lambda calls, *_: times)
+    progress = SimpleNamespace(set_postfix_str=str, update=lambda: None)
+    eager, last = quantize_model.time_variants(SimpleNamespace(model="student"), network, {}, {}, batches()[0][:2], progress)
+    assert (eager["x_eager"], last["x_eager"], last["latency_ms"]) == (1.0, 3.0, 4.0)  # the median of 2, 3 and 3
+
+
+def test_a_difference_is_judged_by_how_far_two_images_are_apart(capsys):
+    images = torch.arange(4.0)[:, None]
+    rows = [{"variant": "eager", "relative_difference": 0.0}, {"variant": "int8", "relative_difference": 0.01}]
+    quantize_model.say_yardstick(rows, nn.Identity(), 1 + images)
+    assert "two images it is 0.63" in (said := capsys.readouterr().out) and "warning" not in said  # sqrt(1 + 1 + 1 + 9) / sqrt(30)
+    quantize_model.say_yardstick(rows, nn.Identity(), 1 + images / 1000)
+    assert "warning: int8 is off by up to 0.01: with random weights all images get nearly the same answer" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("content", "said"), [(None, "no such file"), (b"", "damaged"), (b"PK\3\4 and then nothing", "damaged")])
 def test_a_file_that_is_none_is_refused(content, said, tmp_path):
+    with pytest.raises(InputError, match=f"-load {tmp_path} is a folder: give a file"):
+        int8_file.load_graph(tmp_path)
     file = tmp_path / "net.pt2"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=said):
         int8_file.load_graph(file)
+
+
+def test_a_file_with_a_part_that_could_run_code_is_refused_unread(graph, tmp_path):
+    ran = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    kept = int8_file.save_graph(graph, batches()[0], tmp_path / "net.pt2")
+    for wrong in ("sample_inputs/model.pt", "model_weights_config.json"):
+        with zipfile.ZipFile(kept) as old, zipfile.ZipFile(tmp_path / "wrong.pt2", "w") as new:
+            for name in old.namelist():
+                content = old.read(name)
+                if name.endswith(wrong):
+                    content = (
+                        pickle.dumps(Trap()) if "sample" in wrong else content.replace(b'"use_pickle": false', b'"use_pickle": true', 1)
+                    )
+                new.writestr(name, content)
+        with pytest.raises(InputError, match=f"is not a network that was kept with -save: .*{wrong} could run any code when it is read"):
+            int8_file.load_graph(tmp_path / "wrong.pt2")
+    assert not ran.exists()
 
 
 @needs_compiler
