@@ -34,9 +34,10 @@ from common import seed as seed_number
 from errors import InputError, under_torchrun
 from m29_inference.distill_report import ALONE, DISTILLED, costs, plot_curves, plot_knowledge, plot_sweep, say, say_cost
 from m29_inference.network import new_network
-from m29_inference.student import WIDTHS, quick_part, training_step
+from m29_inference.student import EPOCHS, WIDTHS, quick_part, training_step
 from m29_inference.teacher import (
     UNCHANGED,
+    VIEWS_SEED,
     Teacher,
     cache_folder,
     cached_logits,
@@ -49,9 +50,17 @@ from m29_inference.training import BATCH, hard_loss, say_convergence, train, tra
 SMALL_WIDTHS = (16, 32, 64)  # 76,000: the student on the drawn sample, where that network is the teacher
 SAMPLE_EPOCHS = 4  # of the students on the drawn sample, which is learnt soon
 TEMPERATURE, ALPHA = 4.0, 0.9
+COLDEST, HOTTEST = 0.1, 100.0  # temperatures: beyond them differences of float32 numbers are lost
 TEMPERATURES, ALPHAS = (1.0, 2.0, 4.0, 8.0), (0.5, 0.9)  # of the sweep
 QUICK_IMAGES = 1024  # that the students see with -quick
 MIN_ACCURACY, QUICK_MIN_ACCURACY = 0.6, 0.2  # of the teacher, where -min_teacher_accuracy does not say it
+
+
+def temperature(text: str) -> float:
+    """The type of -temperature."""
+    if not COLDEST <= (number := positive_number(text)) <= HOTTEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a number from {COLDEST:g} to {HOTTEST:g} is expected")
+    return number
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -89,12 +98,14 @@ def train_student(args, data, seed, epochs, views, key, soft=distillation_loss, 
 
     `views`: the teacher's logits by view, and `key` says of which teacher; `soft`: the loss on both's logits, and `code` is its source.
     """
-    print(f"student {f'distilled at T = {args.temperature:g}, alpha = {args.alpha:g}' if views else 'alone'}, seed {seed}", flush=True)
+    how = f"distilled at T = {args.temperature:g}, alpha = {args.alpha:g}" if views else "alone"
+    other = f", loss {soft.__name__}" if soft is not distillation_loss else ""
+    print(f"student {how}{other}, seed {seed}", flush=True)
     network = new_network(args.widths, data["train"], seed)
     loss_of = partial(mixed_loss, views=views, args=args, soft=soft) if views else hard_loss
     setting = (LOSS_CODE, code, key, args.temperature, args.alpha) if views else "alone"
-    file = training_file(data, args.device, tuple(args.widths), epochs, seed, setting)
-    rows = train(network, data["train"], epochs, seed, args.device, loss_of=loss_of, views=0, test=data["test"], file=file)
+    file = training_file(data, args.device, tuple(args.widths), epochs, seed, VIEWS_SEED, setting)
+    rows = train(network, data["train"], epochs, seed, args.device, loss_of=loss_of, views=VIEWS_SEED, test=data["test"], file=file)
     say_convergence(rows, epochs)
     return network, rows
 
@@ -193,7 +204,7 @@ if __name__ == "__main__":
     flag(
         "-teacher",
         default="train",
-        help="folder or hub id of an image classifier (default: train, our own network of 2 million parameters)",
+        help="folder or hub id of an image classifier (default: train, our own network: 2 million parameters, 295,000 on the drawn sample)",
     )
     said = f"refuse a teacher below (default: {MIN_ACCURACY}; with -quick {QUICK_MIN_ACCURACY}, for ours has hardly been trained then)"
     flag("-min_teacher_accuracy", type=share, help=said)
@@ -201,9 +212,11 @@ if __name__ == "__main__":
     wide, small = (" ".join(map(str, widths)) for widths in (WIDTHS, SMALL_WIDTHS))
     said = f"channels of the students (default: {wide}; {small} on the drawn sample and with -quick)"
     flag("-widths", type=positive_int, nargs=3, metavar="N", help=said)
-    flag("-epochs", type=positive_int, help=f"of the students (default: to convergence; {SAMPLE_EPOCHS} on the drawn sample)")
-    flag("-teacher_epochs", type=positive_int, help="of our own teacher (default: likewise)")
-    flag("-temperature", type=positive_number, default=TEMPERATURE, help="divides the logits of both (default: 4)")
+    said = f"of the students (default: to convergence; {SAMPLE_EPOCHS} on the drawn sample and with -losses, 2 with -quick)"
+    flag("-epochs", type=positive_int, help=said)
+    said = f"of our own teacher (default: to convergence; {EPOCHS} on the drawn sample, 4 with -quick)"
+    flag("-teacher_epochs", type=positive_int, help=said)
+    flag("-temperature", type=temperature, default=TEMPERATURE, help=f"divides the logits of both, {COLDEST:g} to {HOTTEST:g} (default: 4)")
     flag("-alpha", type=share, default=ALPHA, help="weight of the teacher's opinion, the rest is the labels' (default: 0.9)")
     flag(
         "-views",

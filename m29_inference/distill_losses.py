@@ -39,7 +39,7 @@ def mean_of_all(student: torch.Tensor, teacher: torch.Tensor, temperature: float
 
 
 def without_square(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Without T^2: at T = 4 sixteen times too small, so that the labels decide nearly alone."""
+    """Without T^2: at T = 4 sixteen times too small, so that the labels have nearly as much to say."""
     return distillation_loss(student, teacher, temperature) / temperature**2
 
 
@@ -98,8 +98,10 @@ def compare_losses(args, data: dict[str, Images], teacher: Teacher, epochs: int 
     for name, soft in list(LOSSES.items())[: 2 if args.quick else None]:
         asked = question(partial(soft, temperature=args.temperature), untrained, some, data["train"].labels[:256])
         reaches = reached(args, data, seed, epochs, views, key, soft, CODE[soft])
-        table.append({"loss": name, **asked, "accuracy": reaches, "epochs": epochs})
+        pull = args.alpha * asked["gradient_of_labels"] / (1 - args.alpha) if args.alpha < 1 else None
+        table.append({"loss": name, **asked, "pull": pull, "accuracy": reaches, "epochs": epochs})
     print_table(table)
+    print(f"pull: how many times as hard as the labels' the teacher's part pulls, at alpha = {args.alpha:g}")
     print(f"one seed, T = {args.temperature:g}, alpha = {args.alpha:g}; followed: after {FOLLOWED:,} steps of the logits down the gradient")
     save_figure(plot(table), distill.__file__, "losses", args, f"one seed, {epochs} epochs: differences of a point may be noise")
     return table

@@ -68,7 +68,9 @@ def say_cost(steps: dict, device: torch.device) -> None:
     timings = measure_alternately(steps, device, STEP_ROUNDS)
     ratios = [own / other for own, other in zip(timings[DISTILLED].runs_ms, timings[ALONE].runs_ms, strict=True)]
     median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-    print(f"a distilled step takes {median:.2f} times as long as a plain one ({low:.2f} to {high:.2f} in {STEP_ROUNDS} rounds in turn)")
+    verdict = "longer" if low > 1 else "less" if high < 1 else "cannot tell"
+    said = f"{low:.2f} to {high:.2f} in {STEP_ROUNDS} rounds in turn: {verdict}"
+    print(f"a distilled step takes {median:.2f} times as long as a plain one ({said})")
 
 
 def plot_curves(curves: dict[str, list], teacher: float) -> plt.Figure:
@@ -114,8 +116,7 @@ def plot_knowledge(data: Images, logits: torch.Tensor, temperature: float) -> pl
 
 def tell_similar(similar: torch.Tensor, classes: tuple[str, ...]) -> None:
     """Print the three pairs of classes that are most like each other to the teacher."""
-    named = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in classes]
-    pairs = [(similar[a, b].item(), f"{classes[a]} is a bit of {named[b]}") for a in range(len(classes)) for b in range(len(classes))]
+    pairs = [(similar[a, b].item(), f"{one} is a bit like {other}") for a, one in enumerate(classes) for b, other in enumerate(classes)]
     print("to the teacher " + ", ".join(f"{text} ({chance:.1%})" for chance, text in sorted(pairs, reverse=True)[:3]))
 
 

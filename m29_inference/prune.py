@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
+from cifar10 import normalize
 from common import parse, positive_int, print_table, save_results, share
 from m29_inference.student import copy_of, cpu_parser, student_and_data
 from m29_inference.training import accuracy
@@ -156,20 +157,17 @@ def remove_masks(net: nn.Module) -> None:
             module.weight += 0.0  # the mask made -0.0 of negative weights, which is another pattern of bits than 0.0
 
 
-def make_permanent(net: nn.Module) -> None:
+def make_permanent(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
     """remove() multiplies the mask into the weight and forgets it: the zeros stay, the second tensor goes."""
     first = prunable(net)[0][1]
     before = tensors(first)
     remove_masks(net)
     print(f"\nbefore remove()\n{before}\nafter remove(): {sparsity_by_layer(net)[-1]['sparsity']:.1%} zeros, as before\n{tensors(first)}")
-    weight = first.weight.detach().clone()
-    first.weight.grad = torch.ones_like(first.weight)
-    torch.optim.SGD([first.weight], lr=1e-3).step()
-    print(
-        f"one step of training now: {sparsity(first):.1%} zeros in the first layer. Fine-tune before remove(), while the mask holds them\n"
-    )
-    with torch.no_grad():
-        first.weight.copy_(weight)
+    trained = copy.deepcopy(net)  # which works again, without masks
+    nn.functional.cross_entropy(trained(images), labels).backward()
+    torch.optim.SGD(trained.parameters(), lr=1e-3).step()
+    left = sparsity_by_layer(trained)[-1]["sparsity"]
+    print(f"one step of training now: {left:.1%} zeros are left. Fine-tune before remove(), while the mask holds them\n")
 
 
 # ---- a trained network -----------------------------------------------------------------------------------------------
@@ -196,7 +194,7 @@ def main(args) -> list[dict]:
     print()
     all_together(trained, args.amount)
     rows.append(row("global", trained))
-    make_permanent(trained)
+    make_permanent(trained, normalize(data["train"].images[:32]), data["train"].labels[:32])
     rows.append(row("global, removed", trained))
     print_table(rows)
     return rows

@@ -97,7 +97,7 @@ def time_both(full: nn.Module, small: nn.Module, data: dict) -> list[dict]:
         with torch.inference_mode():
             timings = measure_alternately(calls, torch.device("cpu"), repeats=9)
         ratios = [own / whole for own, whole in zip(timings["small"].runs_ms, timings["full"].runs_ms, strict=True)]
-        row = {"batch": batch, "latency_ms": timings["small"].median_ms, "of_full": statistics.median(ratios)}
+        row = {"batch": len(images), "latency_ms": timings["small"].median_ms, "of_full": statistics.median(ratios)}
         rows.append(row | {"against_full": times_as_fast(timings["small"].runs_ms, timings["full"].runs_ms, "full")})
     return rows
 

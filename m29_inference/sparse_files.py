@@ -2,7 +2,7 @@
 
 dense       torch.save of the weights: zeros cost as much as other numbers
 COO         for each nonzero weight its value and the indices of all its dimensions, 8 bytes each
-CSR         the weight as a matrix: for each nonzero its value and its column, for each row where it begins
+CSR         the weight as a matrix: for each nonzero its value and its column, 8 bytes, for each row where it begins
 gzip        the dense file compressed: the runs of zero bytes shrink, the other numbers hardly do
 bitmask     one bit a weight, zero or not, and the values of those that are not
 """
@@ -36,11 +36,17 @@ def unpack(packed: dict[str, torch.Tensor]) -> torch.Tensor:
     return flat.view(shape)
 
 
+def to_csr(tensor: torch.Tensor) -> torch.Tensor:
+    """The weight as a matrix in CSR, its columns copied: torch's are a view of pairs (row, column), and torch.save keeps what is viewed."""
+    csr = tensor.flatten(1).to_sparse_csr()
+    return torch.sparse_csr_tensor(csr.crow_indices(), csr.col_indices().clone(), csr.values(), csr.shape, check_invariants=False)
+
+
 def save_sparse(state: dict[str, torch.Tensor], file: Path, kind: str) -> int:
     """Write a state_dict in one of FORMATS; its bytes."""
     convert = {
         "COO": lambda tensor: tensor.to_sparse(),
-        "CSR": lambda tensor: tensor.flatten(1).to_sparse_csr(),
+        "CSR": to_csr,
         "bitmask": pack,
     }.get(kind, lambda tensor: tensor)
     content = {name: convert(tensor.contiguous()) if is_weight(tensor) else tensor for name, tensor in state.items()}

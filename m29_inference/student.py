@@ -1,6 +1,7 @@
 """The small CIFAR-10 networks that the exercises of M29 convert, prune and distil: trained once, then kept.
 
-    python m29_inference/student.py                        train one to convergence: accuracy over epochs, speed against plain float32
+    python m29_inference/student.py                        on the drawn shapes, eight epochs; speed against plain float32
+    python m29_inference/student.py -data FOLDER           on the real CIFAR-10, to convergence: accuracy over epochs
     python m29_inference/student.py -epochs 8              for eight epochs, as the scripts do that convert and prune it
     python m29_inference/student.py -widths 64 128 384     a network of two million parameters, the teacher of distill.py
 
@@ -19,9 +20,10 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import Images, augment, load_cifar10, normalize
+from cifar10 import SAMPLE_NAME, Images, augment, load_cifar10, normalize
 from common import measure_alternately, new_parser, parse, positive_int, print_table, save_figure, save_results
 from m29_inference.network import WhitenedNet, new_network
+from m29_inference.quantize_report import times_as_fast
 from m29_inference.training import BATCH, CPU, fast_format, hard_loss, say_convergence, train, training_file
 from machine import keep_memory
 
@@ -112,10 +114,10 @@ def compare_formats(widths, data: Images, device: torch.device) -> dict:
         raise RuntimeError(f"the two formats do not compute the same: losses {first}")
     timings = measure_alternately(steps, device, repeats=9)
     ratios = [slow / fast for slow, fast in zip(timings["plain"].runs_ms, timings["fast"].runs_ms, strict=True)]
+    gain = times_as_fast(timings["fast"].runs_ms, timings["plain"].runs_ms, "plain float32")
     rates = {name: BATCH / timing.median_ms * 1e3 for name, timing in timings.items()}
     print(f"\na step of {BATCH} images, first losses {first['plain']:.4f} in plain float32 and {first['fast']:.4f} in the fast format:")
-    gain = f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f} in 9 rounds in turn)"
-    print(f"{rates['fast']:,.0f} images/s against {rates['plain']:,.0f}: {gain}")
+    print(f"{rates['fast']:,.0f} images/s against {rates['plain']:,.0f}: {gain}, 9 rounds in turn")
     return {"images_per_s": rates["fast"], "images_per_s_plain": rates["plain"], "x_plain": statistics.median(ratios)}
 
 
@@ -131,7 +133,7 @@ def plot(rows: list[dict]) -> plt.Figure:
 def main(args) -> list[dict]:
     data = load_cifar10(args.data, BATCH)
     data = quick_part(data) if args.quick else data
-    epochs = args.epochs or (2 if args.quick else None)
+    epochs = args.epochs or (2 if args.quick else EPOCHS if data["train"].name == SAMPLE_NAME else None)
     network, rows = trained_student(data, epochs, args.seed, args.device, args.widths)
     print_table(rows)
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -147,6 +149,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "-widths", type=positive_int, nargs=3, default=WIDTHS, metavar="N", help="channels of the three stages (default: 32 64 128)"
     )
-    parser.add_argument("-epochs", type=positive_int, help="epochs of training (default: to convergence; with -quick 2)")
+    parser.add_argument(
+        "-epochs", type=positive_int, help=f"of training (default: to convergence; {EPOCHS} on drawn shapes, 2 with -quick)"
+    )
     args = parse(parser)
     save_results(__file__, args, main(args))

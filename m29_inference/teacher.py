@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,7 +35,7 @@ CHUNK = 2000  # images a file: seconds of our network, two minutes of a Vision T
 WIDTHS = (64, 128, 384)  # of our own teacher, two million parameters; for the drawn sample it is the network of student.py
 GATE = 500  # test images on which a teacher is measured before anything is computed with it
 UNCHANGED = -1  # the view without augmentation
-AUGMENTATION = inspect.getsource(augment)  # read now, for the file may be edited while logits are computed
+VIEWS_SEED = 0  # of the augmentation, which is the same for all students: so are the teacher's logits
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Teacher:
 
     def fingerprint(self) -> str:
         """Of all its numbers, its number format, and how images are prepared and classes ordered: another teacher has another one."""
-        return hashlib.sha256(f"{self.preparation} {fast_format(self.device)} {fingerprint(self.module)}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.preparation} {CODE} {fast_format(self.device)} {fingerprint(self.module)}".encode()).hexdigest()[:16]
 
 
 # ---- which teacher ---------------------------------------------------------------------------------------------------
@@ -86,9 +87,6 @@ class Pretrained(nn.Module):
         return self.classifier(pixel_values=pixels).logits[:, self.order]
 
 
-CODE = {part: inspect.getsource(part) for part in (Mirrored, Pretrained)}  # of another one the logits are others
-
-
 def own_teacher(data: dict[str, Images], widths: tuple, epochs: int | None, seed: int, device: torch.device) -> Teacher:
     """Our network of these widths, trained on these data on first use; it looks at every image in both directions."""
     network, _ = student.trained_student(data, epochs, seed, device, widths)
@@ -96,7 +94,7 @@ def own_teacher(data: dict[str, Images], widths: tuple, epochs: int | None, seed
     def prepare(images: torch.Tensor) -> torch.Tensor:
         return normalize(images).contiguous(memory_format=torch.channels_last)
 
-    return Teacher("teacher", Mirrored(network).eval(), prepare, device, f"normalize; {CODE[Mirrored]}")
+    return Teacher("teacher", Mirrored(network).eval(), prepare, device)
 
 
 def load_pretrained(source: str):
@@ -131,7 +129,7 @@ def pretrained_teacher(source: str, processor, classifier: nn.Module, data: Imag
     def prepare(images: torch.Tensor) -> torch.Tensor:
         return processor(images=images, return_tensors="pt", device=device)["pixel_values"]
 
-    settings = f"{processor.to_json_string()} {classifier.config.to_json_string()} {order} {CODE[Pretrained]}"
+    settings = f"{processor.to_json_string()} {classifier.config.to_json_string()} {order} transformers {version('transformers')}"
     return Teacher(source, Pretrained(classifier, order).to(device).eval(), prepare, device, settings, batch=50)
 
 
@@ -173,9 +171,13 @@ def find_teacher(args, data: dict[str, Images], real: bool, pretrained) -> Teach
 # ---- its logits, kept ------------------------------------------------------------------------------------------------
 
 
+# What makes logits out of images, read now, for the files may be edited while they are computed: of another code they are others.
+CODE = [inspect.getsource(part) for part in (Teacher.logits, Mirrored, Pretrained, own_teacher, pretrained_teacher, augment, normalize)]
+
+
 def cache_folder(teacher: Teacher, data: Images) -> Path:
     """A folder for this teacher, these images and their augmentation: logits of others are never taken for theirs."""
-    digest = hashlib.sha256(f"{teacher.fingerprint()} {AUGMENTATION}".encode() + data.images.numpy().tobytes())
+    digest = hashlib.sha256(f"{teacher.fingerprint()} {VIEWS_SEED}".encode() + data.images.numpy().tobytes())
     return DATA / "teacher_logits" / digest.hexdigest()[:16]
 
 
@@ -185,10 +187,10 @@ def chunks(data: Images) -> list[range]:
 
 
 def view_of(data: Images, view: int, chunk: range) -> torch.Tensor:
-    """The images of `chunk` as they are in epoch `view` of a training whose augmentation has seed 0."""
+    """The images of `chunk` as they are in epoch `view` of a student's training."""
     indices = torch.arange(chunk.start, chunk.stop)
     images = data.images[indices]
-    return images if view == UNCHANGED else augment(images, indices, 0, view, len(data))
+    return images if view == UNCHANGED else augment(images, indices, VIEWS_SEED, view, len(data))
 
 
 def read_chunk(folder: Path, view: int, chunk: range) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
 After every epoch network, optimizer and rows are kept in a file whose name stands for what the outcome depends on: the images, the code
 of the loop, of the network and of the loss, the constants, the number format, the number of threads (more of them add up in another
-order). Change one of them, and it is another training.
+order), torch's version and the processor. Change one of them, and it is another training.
 """
 
 import copy
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import MEAN, STD, ConvNet, Images, Stage, augment, epoch_order, normalization, normalize
+from cpu_topology import cpu_name
 from errors import InputError
 from m29_inference import network as networks
 from machine import cpu_has, keep_memory
@@ -75,10 +76,10 @@ def say_convergence(rows: list[dict], epochs: int | None) -> None:
     """How long a training to convergence took, where `epochs` did not say it before."""
     if epochs is None:
         half, seconds = len(rows) // 2, rows[-1]["train_s"]
-        fell = f"by less than {PLATEAU:.0%} in the last two of them" if len(rows) < MOST_EPOCHS else "to the last"
-        print(
-            f"converged: {half} epochs at the full learning rate, the loss fell {fell}; {half} while the rate fell to 0; {seconds:,.0f} s"
-        )
+        stopped = len(rows) >= MOST_EPOCHS
+        fell = "to the last" if stopped else f"by less than {PLATEAU:.0%} in the last two of them"
+        said = f"{half} epochs at the full learning rate, the loss fell {fell}; {half} while the rate fell to 0; {seconds:,.0f} s"
+        print(f"{'stopped before it had converged' if stopped else 'converged'}: {said}")
 
 
 def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_loss, views=None, test=None, file=None) -> list[dict]:
@@ -126,16 +127,31 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
     return rows
 
 
+# ---- what was trained ------------------------------------------------------------------------------------------------
+
+
+def answers(network, data: Images, device: torch.device, batch: int = 250) -> torch.Tensor:
+    """The class that `network` gives each image, int64 (n,); it is called with `batch` images at a time."""
+    with torch.inference_mode():
+        return torch.cat([network(normalize(images.to(device))).argmax(1).cpu() for images in data.images.split(batch)])
+
+
+def accuracy(network: nn.Module, data: Images, device: torch.device = CPU) -> float:
+    """Share of the images that `network`, put into eval mode, answers right."""
+    return (answers(network.eval(), data, device) == data.labels).double().mean().item()
+
+
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-PARTS = (train, rate, converged_at, hard_loss, networks, ConvNet, Stage, normalization, augment, epoch_order, normalize)
+PARTS = (train, rate, converged_at, hard_loss, answers, accuracy, networks, ConvNet, Stage, normalization, augment, epoch_order, normalize)
 RECIPE = [inspect.getsource(part) for part in PARTS]  # read now, for the files may be edited while a training runs
 
 
 def training_file(data: dict[str, Images], device: torch.device, *key) -> Path:
     """Where a training on these images, with what else there is to say of it in `key`, is kept."""
     constants = (BATCH, LEARNING_RATE, PLATEAU, MOST_EPOCHS, MEAN.tolist(), STD.tolist(), fast_format(device), torch.get_num_threads())
+    constants += (torch.__version__, cpu_name(), torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
     digest = hashlib.sha256(repr((RECIPE, constants, key)).encode())
     for part in data.values():
         digest.update(part.images.numpy())
@@ -180,17 +196,3 @@ def fingerprint(network: nn.Module) -> str:
     for name, value in network.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-# ---- what was trained ------------------------------------------------------------------------------------------------
-
-
-def answers(network, data: Images, device: torch.device, batch: int = 250) -> torch.Tensor:
-    """The class that `network` gives each image, int64 (n,); it is called with `batch` images at a time."""
-    with torch.inference_mode():
-        return torch.cat([network(normalize(images.to(device))).argmax(1).cpu() for images in data.images.split(batch)])
-
-
-def accuracy(network: nn.Module, data: Images, device: torch.device = CPU) -> float:
-    """Share of the images that `network`, put into eval mode, answers right."""
-    return (answers(network.eval(), data, device) == data.labels).double().mean().item()

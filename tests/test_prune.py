@@ -1,6 +1,7 @@
 """prune.py and what belongs to it: zeros counted, formats read back, channels cut out without changing a number, and bad input."""
 
 import json
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -121,13 +122,14 @@ def test_the_same_share_twice_takes_a_share_of_what_is_left():
 
 def test_making_it_permanent_keeps_the_outputs_and_a_step_afterwards_loses_the_zeros(capsys):
     torch.manual_seed(0)
-    net, images = LeNet(), torch.randn(4, 1, 32, 32)
+    net, images = LeNet(), torch.randn(64, 1, 32, 32)
     prune_all(net, 0.8)
     before = net(images)
-    make_permanent(net)
+    make_permanent(net, images, torch.arange(64) % 10)
     assert torch.equal(net(images), before) and not list(net.named_buffers())
     assert sparsity_by_layer(net)[-1]["zeros"] == round(0.8 * 61_470)
-    assert "one step of training now: 0.0% zeros" in capsys.readouterr().out
+    left = float(re.search(r"one step of training now: ([\d.]+)% zeros are left", capsys.readouterr().out)[1])
+    assert left < 40  # of 80: those of units that answer 0 to all images have no gradient
 
 
 def test_fine_tuning_before_that_keeps_them():
@@ -286,6 +288,14 @@ def test_each_format_gives_back_every_bit(network, kind, tmp_path):
     assert size == (tmp_path / "file").stat().st_size
     if kind == "bitmask":
         assert size <= 0.3 * dense
+
+
+@pytest.mark.parametrize(("kind", "each"), [("COO", 4 + 2 * 8), ("CSR", 4 + 8)])
+def test_a_nonzero_costs_its_value_and_its_indices_and_no_more(kind, each, tmp_path):
+    weight = torch.zeros(256, 256)
+    weight.view(-1)[::5] = 1
+    file = save_sparse({"weight": weight}, tmp_path / "file", kind)
+    assert 0 < file - each * len(weight.nonzero()) < 257 * 8 + 4000  # where rows begin, and torch's own notes
 
 
 def test_break_even_lies_between_two_sizes():
