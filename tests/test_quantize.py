@@ -74,6 +74,7 @@ def test_errors_average_out_and_channels_help():
     assert channel["worst_channel_error"] < tensor["worst_channel_error"] / 10
     eight, four, _ = exercise.errors_by_bits(numbers(10_000))
     assert four["scale"] / eight["scale"] == pytest.approx(255 / 15) and eight["snr_db"] > four["snr_db"] + 20
+    assert (eight["size_mb"], four["size_mb"]) == (0.01, 0.005)  # of 10,000 numbers
 
 
 def test_a_tensor_of_zeros_stays_zeros():

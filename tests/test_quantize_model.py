@@ -478,6 +478,9 @@ def test_layers_are_kept_in_float_one_at_a_time(run_in_fork, results):
     assert done.returncode == 0, done.stderr
     rows = json.loads((results / "quantize.json").read_text())["rows"]
     assert [row["kept_float32"] for row in rows] == ["none", "stages.0.conv1", "stages.0.conv2"]
+    left = min(rows[1:], key=lambda row: row["error"])
+    share = 1 - left["error"] / rows[0]["error"]
+    assert f"kept in float32, {left['kept_float32']} takes away {share:.0%} of the error of the logits" in done.stdout
     assert (results / "quantize_layers.png").exists()
 
 
@@ -494,6 +497,15 @@ def test_the_profile_names_every_layer(run_in_fork, results):
     assert all(row["gmacs_per_s"] == pytest.approx(row["gmacs"] / row["latency_ms"] * 1e3) for row in layers)
     assert rows[-1]["layer"] == "between the calls" and len(rows) > len(layers) + 1
     assert "of the time is spent in int8 layers" in done.stdout and (results / "quantize_profile.png").exists()
+
+
+def test_what_lies_between_the_calls_is_the_whole_less_the_calls(network, monkeypatch):
+    runs = [[("aoti_torch_cpu__qconv_1", 2.0), ("graph_0_pool", 1.0)], [("aoti_torch_cpu__qconv_1", 4.0), ("graph_0_pool", 1.0)]]
+    monkeypatch.setattr(quantize_profile, "measure", lambda *_: (6.0, runs, ["qconv(temporary_reference(conv_weight_bias.get()))"]))
+    monkeypatch.setattr(quantize_profile, "gmacs_by_layer", lambda *_: {"conv": 6.0})
+    conv, pool, between = quantize_profile.profile_rows(network, network, batches()[0], 2)
+    assert (conv["layer"], conv["latency_ms"], conv["gmacs_per_s"], conv["share"]) == ("conv", 3.0, 2000.0, 0.5)
+    assert (pool["layer"], pool["latency_ms"], between["layer"], between["latency_ms"]) == ("pool", 1.0, "between the calls", 2.0)
 
 
 def test_layers_are_told_by_their_bias_or_by_their_place():
