@@ -75,7 +75,8 @@ def parse(parser: CourseParser, argv: list[str] | None = None) -> argparse.Names
     parser.refuse_unknown(words)
     args = parser.parse_args(words)
     sys.excepthook = one_sentence
-    sys.stdout.reconfigure(errors="replace")  # a Windows console may lack a character; that must not end a run
+    # a Windows console may lack a character, which must not end a run; `| tee` shall show lines as they come
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     if "device" in args:
         prepare_torch(parser, args)
         check_writable(RESULTS)

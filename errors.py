@@ -44,6 +44,8 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
         end_by_ctrl_c()
     elif issubclass(kind, ConnectionError | EOFError) and multiprocessing.parent_process():
         pass  # a worker was about to hand a batch over when Ctrl-C ended the main process, which has spoken
+    elif issubclass(kind, BrokenPipeError) and nobody_listens():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more when it ends
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
     elif text.startswith("DataLoader worker") or (receiving and issubclass(kind, OSError | EOFError)):
@@ -51,6 +53,15 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
         print(f"error: {reason}: memory ran out, most likely; try fewer workers or a smaller batch", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def nobody_listens() -> bool:
+    """Whether what is printed reaches nobody any more, as behind `| head -n 1`."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def end_by_ctrl_c() -> None:

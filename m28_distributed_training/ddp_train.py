@@ -232,6 +232,8 @@ if __name__ == "__main__":
     args = parse(parser)
     if idle := [f"-{name}" for name in UNUSED if args.benchmark and getattr(args, name) != parser.get_default(name)]:
         parser.error(f"argument {', '.join(idle)}: has no effect with -benchmark")
+    if args.show and not args.benchmark:
+        parser.error("argument -show: only -benchmark draws a picture")
     if args.benchmark and under_torchrun():
         raise InputError("-benchmark starts its processes itself: run it without torchrun")
     check(args)

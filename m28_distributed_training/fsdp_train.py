@@ -201,6 +201,8 @@ def report(args, data: dict, sharded: dict, whole: dict | None) -> None:
 if __name__ == "__main__":
     parser = training_parser(__doc__, STEPS)
     args = parse(parser)
+    if args.show:
+        parser.error("argument -show: this script draws no picture")
     args.steps = args.steps or (None if args.epochs else STEPS)
     check(args)
     launch(train, args)

@@ -168,6 +168,8 @@ def run_or_say_why(worker, args, rank: int, store: Path | None) -> None:
         let_the_first_speak(rank if store else 0)  # one_sentence() itself waits under torchrun
         one_sentence(InputError, error, None)
         leave(BAD_INPUT)
+    except BrokenPipeError:  # nobody reads what is printed any more, and would not after a restart
+        leave(BAD_INPUT)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -201,8 +203,9 @@ def leave(code: int) -> None:
     Gloo's threads outlive destroy_process_group() once there was a DistributedDataParallel (torch 2.14). One that is slow to let go of
     its last all-reduce then meets a Python that is half gone, and aborts a training that has ended well: rarely, on a busy machine.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
     os._exit(code)
 
 

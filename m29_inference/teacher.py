@@ -119,7 +119,9 @@ def load_pretrained(source: str):
         except Exception as error:  # the library raises errors of many kinds
             refuse_full_disk(error)
             where = "no image classifier in this folder" if here else "not to be had from the hub"
-            raise InputError(f"-teacher {source}: {where} ({first_line(error)})") from error
+            # the library says which in a report that it prints
+            why = "its weights have other sizes than its config.json says" if "mismatched" in str(error) else first_line(error)
+            raise InputError(f"-teacher {source}: {where} ({why})") from error
 
 
 def pretrained_teacher(source: str, processor, classifier: nn.Module, data: Images, device: torch.device) -> Teacher:

@@ -216,6 +216,7 @@ def test_the_benchmark_measures_processes_against_threads(run_in_fork, tmp_path)
 
 
 def test_the_benchmark_refuses_what_it_could_not_use(check_refusals):
+    check_refusals(SCRIPT, {("-show",): (2, "argument -show: only -benchmark draws a picture")})
     idle = ("-benchmark", "-bf16", "-accumulate", "2", "-every", "5")
     said = "argument -accumulate, -bf16, -every: has no effect with -benchmark"
     check_refusals(

@@ -506,6 +506,14 @@ def test_a_checkpoint_in_bfloat16_is_one_too(tiny_vit, tmp_path):
     assert teacher.logits(noise(3).images).shape == (3, 10) and len(teacher.fingerprint()) == 16
 
 
+def test_weights_of_other_sizes_than_the_config_says_are_said(tiny_vit, tmp_path):
+    for file in tiny_vit.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content.replace(b'"intermediate_size": 32', b'"intermediate_size": 48'))
+    with pytest.raises(InputError, match=r"no image classifier in this folder \(its weights have other sizes than its config.json says\)"):
+        teachers.load_pretrained(str(tmp_path))
+
+
 def test_other_names_of_the_classes_make_another_teacher(tiny_vit):
     processor, classifier = teachers.load_pretrained(str(tiny_vit))
     one = teachers.pretrained_teacher("t", processor, classifier, SAMPLE, CPU).fingerprint()

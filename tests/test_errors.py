@@ -52,6 +52,17 @@ def test_a_defect_of_ours_keeps_its_traceback(capsys):
     assert "KeyError: 'img'" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipe breaks there")
+def test_who_reads_only_the_first_line_sees_no_traceback(capsys):
+    code = "import common, errors; common.parse(common.new_parser(''), [])\nwhile True: print('a line')"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "a line\n"
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 1
+    errors.one_sentence(BrokenPipeError, BrokenPipeError(errno.EPIPE, "of a socket"), None)  # anywhere else it is a defect
+    assert "BrokenPipeError" in capsys.readouterr().err
+
+
 def test_a_worker_whose_main_process_ended_is_silent(capfd):
     worker = multiprocessing.get_context("spawn").Process(target=errors.one_sentence, args=(EOFError, EOFError("gone"), None))
     worker.start()
