@@ -45,7 +45,7 @@ def undisturbed(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("undisturbed")
     command = [sys.executable, str(ROOT / SCRIPT), *FLAGS]
     done = subprocess.run(command, env={**os.environ, "COURSE_RESULTS": str(folder)}, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stdout.count("data: 12,000 drawn") == 1, done.stderr
     [row] = json.loads((folder / "ddp_train.json").read_text())["rows"]
     assert parameters_of(done.stdout) == row["parameters_sha256"]
     return row
@@ -114,7 +114,7 @@ def test_torchrun_starts_the_same_file_and_repeats_the_run(undisturbed, tmp_path
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert parameters_of(done.stdout) == undisturbed["parameters_sha256"]
-    assert done.stdout.count("parameters sha256") == 1  # one process speaks for all
+    assert done.stdout.count("parameters sha256") == done.stdout.count("data: 12,000 drawn") == 1  # one process speaks for all
 
 
 def test_micro_batches_cut_the_same_batch_in_any_way(monkeypatch):
