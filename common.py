@@ -20,6 +20,7 @@ import re
 import statistics
 import sys
 import textwrap
+import timeit
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -184,20 +185,31 @@ def measure(function, device: torch.device, repeats: int = 5) -> Timing:
 
 def measure_alternately(functions: dict, device: torch.device, repeats: int = 5, said: str | None = None) -> dict[str, Timing]:
     """Time several functions in turn, A B A B ..., so that a machine that drifts drifts for all of them; `said`: of a progress bar."""
-    timers = {name: _timer(function, device) for name, function in functions.items()}
+    timers = {name: _Timer(function, device) for name, function in functions.items()}
     runs = {name: [] for name in functions}
     for name, timer in tqdm((repeats + 1) * [*timers.items()], said, leave=False, disable=not said):
-        runs[name].append(timer.blocked_autorange(min_run_time=0.01).median * 1e3)
+        runs[name].append(timer.run_ms())
     return {name: Timing(runs_ms[1:]) for name, runs_ms in runs.items()}  # the first round was the warm-up
 
 
-def _timer(function, device: torch.device):
-    import torch
+class _Timer:
+    """Milliseconds a call of a function; torch.utils.benchmark finds once, in the first run, how many calls make ten of them."""
 
-    with contextlib.redirect_stderr(io.StringIO()):  # a CUDA build of torch complains here on a machine without a GPU
-        from torch.utils import benchmark
-    synchronised = (lambda: (function(), torch.mps.synchronize())) if device.type == "mps" else function
-    return benchmark.Timer("function()", globals={"function": synchronised}, num_threads=torch.get_num_threads())
+    def __init__(self, function, device: torch.device) -> None:
+        import torch
+
+        with contextlib.redirect_stderr(io.StringIO()):  # a CUDA build of torch complains here on a machine without a GPU
+            from torch.utils import benchmark
+        synchronised = (lambda: (function(), torch.mps.synchronize())) if device.type == "mps" else function
+        self.first = benchmark.Timer("function()", globals={"function": synchronised}, num_threads=torch.get_num_threads())
+        self.later, self.found = timeit.Timer(synchronised, timer=benchmark.timer), None  # this timer waits for a GPU
+
+    def run_ms(self) -> float:
+        if not self.found:
+            self.found = self.first.blocked_autorange(min_run_time=0.01)
+            return self.found.median * 1e3
+        calls = self.found.number_per_run
+        return statistics.median(self.later.repeat(len(self.found.times), calls)) / calls * 1e3
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------

@@ -94,6 +94,13 @@ def test_alternating_measurement_takes_turns():
     timings = common.measure_alternately({name: lambda name=name: (called.append(name), time.sleep(0.02)) for name in "ab"}, CPU, repeats=3)
     turns = "".join(name for number, name in enumerate(called) if number == 0 or name != called[number - 1])
     assert turns == "abababab" and all(len(timing.runs_ms) == 3 for timing in timings.values())
+    assert "".join(called[-6:]) == "ababab"  # a call longer than ten milliseconds is made once a round, when that is known
+
+
+def test_short_calls_are_made_many_times_a_round():
+    called = []
+    timing = common.measure(lambda: (called.append(None), time.sleep(0.001)), CPU, repeats=2)
+    assert len(called) >= 3 * 5 and all(1 <= ms < 10 for ms in timing.runs_ms)
 
 
 def test_data_scripts_do_without_torch():
