@@ -141,6 +141,8 @@ def test_an_untrained_vision_transformer_whose_other_layout_is_wrong_is_noticed(
         images = torch.randn(1, 3, 224, 224)
         assert model(images).abs().max() > 0
         assert set(architectures.layouts_of(model, images)) == {"contiguous", "channels_last"}
+        with pytest.raises(RuntimeError, match="relative difference nan"):  # of outputs that are all 0 nothing can be seen
+            architectures.layouts_of(nn.Threshold(1e9, 0.0), images)
         monkeypatch.setattr(architectures.copy, "deepcopy", lambda network: torchvision_networks.build("vit_b_32", False, CPU)[0])
         with pytest.raises(RuntimeError, match="channels_last computes something else: relative difference"):
             architectures.layouts_of(model, images)
