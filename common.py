@@ -1,4 +1,4 @@
-"""What the scripts share and what teaches nothing: flags, device, timing, tables, results, figures.
+"""What the scripts share and what teaches nothing: flags, device, tables, results, figures; timing.py is about time.
 
 Every script begins with
 
@@ -13,26 +13,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import io
 import json
 import random
 import re
-import statistics
 import sys
 import textwrap
-import timeit
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from tqdm import tqdm
 
 from errors import let_the_first_speak, one_sentence
 from paths import RESULTS, atomic_path, check_writable, display_path
 
 if TYPE_CHECKING:  # torch and matplotlib take seconds to import, so the functions that need them do it: download.py does not
-    import torch
     from matplotlib.figure import Figure
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -131,7 +124,7 @@ def share(text: str) -> float:
 
 
 def share_above_0(text: str) -> float:
-    return share(text) or positive_number(text)
+    return share(text) or positive_number(text)  # which refuses the 0
 
 
 def seed(text: str) -> int:
@@ -153,63 +146,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-# ---- timing ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Timing:
-    """Single runs of one thing, each in milliseconds a call."""
-
-    runs_ms: list[float]
-
-    @property
-    def median_ms(self) -> float:
-        return statistics.median(self.runs_ms)
-
-    @property
-    def sd_ms(self) -> float:
-        return spread(self.runs_ms)
-
-
-def spread(runs: list[float]) -> float:
-    """Standard deviation of a sample (n - 1 below the line); 0 for a single run."""
-    return statistics.stdev(runs) if len(runs) > 1 else 0.0
-
-
-def measure(function, device: torch.device, repeats: int = 5) -> Timing:
-    """Time `function()`: warm-up outside the clock, device synchronised, `repeats` runs of enough calls each."""
-    return measure_alternately({"function": function}, device, repeats)["function"]
-
-
-def measure_alternately(functions: dict, device: torch.device, repeats: int = 5, said: str | None = None) -> dict[str, Timing]:
-    """Time several functions in turn, A B A B ..., so that a machine that drifts drifts for all of them; `said`: of a progress bar."""
-    timers = {name: _Timer(function, device) for name, function in functions.items()}
-    runs = {name: [] for name in functions}
-    for name, timer in tqdm((repeats + 1) * [*timers.items()], said, leave=False, disable=not said):
-        runs[name].append(timer.run_ms())
-    return {name: Timing(runs_ms[1:]) for name, runs_ms in runs.items()}  # the first round was the warm-up
-
-
-class _Timer:
-    """Milliseconds a call of a function; torch.utils.benchmark finds once, in the first run, how many calls make ten of them."""
-
-    def __init__(self, function, device: torch.device) -> None:
-        import torch
-
-        with contextlib.redirect_stderr(io.StringIO()):  # a CUDA build of torch complains here on a machine without a GPU
-            from torch.utils import benchmark
-        synchronised = (lambda: (function(), torch.mps.synchronize())) if device.type == "mps" else function
-        self.first = benchmark.Timer("function()", globals={"function": synchronised}, num_threads=torch.get_num_threads())
-        self.later, self.found = timeit.Timer(synchronised, timer=benchmark.timer), None  # this timer waits for a GPU
-
-    def run_ms(self) -> float:
-        if not self.found:
-            self.found = self.first.blocked_autorange(min_run_time=0.01)
-            return self.found.median * 1e3
-        calls = self.found.number_per_run
-        return statistics.median(self.later.repeat(len(self.found.times), calls)) / calls * 1e3
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------

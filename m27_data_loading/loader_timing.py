@@ -20,8 +20,8 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import measure, spread
 from machine import available_memory, shared_memory, usable_cpus, workers_within
+from timing import measure, spread
 
 COLOURS = {"simple": "tab:blue", "complex": "tab:orange"}
 

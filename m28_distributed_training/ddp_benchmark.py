@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, load_cifar10
-from common import print_table, save_figure, save_results, spread
+from common import print_table, save_figure, save_results
 from errors import InputError
 from m28_distributed_training import ddp_train
 from m28_distributed_training.ddp_benchmark_report import plot, say
 from m28_distributed_training.launch import run_rank, start_quietly, wait_for_all
 from m28_distributed_training.traffic import ddp_bytes, parameter_bytes
 from machine import available_memory, usable_cores
+from timing import spread
 
 ROUNDS, STEPS = 7, 3  # rounds over all groups; steps of each kind a group measures in one round
 PROCESS_BYTES = 400e6  # of memory that a process with torch and the small network takes for itself, beside the data

@@ -12,7 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, Images, normalize
-from common import measure_alternately
+from timing import measure_alternately
 
 REPEATS = 5
 

@@ -21,10 +21,9 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import measure, measure_alternately, new_parser, parse, positive_int, positive_number, print_table, save_figure, save_results
+from common import new_parser, parse, positive_int, positive_number, print_table, save_figure, save_results
 from m29_inference.architectures_report import advise, plot_accuracy, plot_rates, who_is_level
 from m29_inference.macs import gmacs
-from m29_inference.quantize_report import times_as_fast
 from m29_inference.torchvision_networks import (
     build,
     check_name,
@@ -35,6 +34,7 @@ from m29_inference.torchvision_networks import (
     uses_attention,
     weight_bytes,
 )
+from timing import measure, measure_alternately, times_as_fast
 
 MODELS = ("resnet18", "efficientnet_b0", "mobilenet_v3_large", "swin_t")
 BATCH_SIZES = [1, 8]  # where -batch_sizes does not say it

@@ -5,7 +5,7 @@ import itertools
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from m29_inference.quantize_report import times_as_fast
+from timing import times_as_fast
 
 
 def pareto(rows: list[dict]) -> list[dict]:

@@ -11,9 +11,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import Images
-from common import measure_alternately, print_table, spread
+from common import print_table
 from m29_inference.macs import gmacs
 from m29_inference.sparse_files import save_sparse
+from timing import measure_alternately, spread
 
 ALONE, DISTILLED = "student", "student + KD"
 COLOURS = {ALONE: "tab:grey", DISTILLED: "tab:blue"}

@@ -19,14 +19,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
-from common import Timing, measure_alternately, print_table, save_figure
+from common import print_table, save_figure
 from errors import InputError, first_line
 from m29_inference import prune as exercise
 from m29_inference.prune import remove_masks
 from m29_inference.prune_accuracy import prune_all
-from m29_inference.quantize_report import times_as_fast
 from m29_inference.sparse_files import FORMATS, load_sparse, save_sparse
 from m29_inference.student import copy_of, student_and_data
+from timing import Timing, measure_alternately, times_as_fast
 
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 QUICK_SPARSITIES = (0.0, 0.5, 0.9, 0.99)

@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
-from common import measure_alternately, print_table, save_figure
+from common import print_table, save_figure
 from errors import InputError
 from m29_inference import prune as exercise
 from m29_inference.macs import gmacs
 from m29_inference.prune_accuracy import tune
-from m29_inference.quantize_report import times_as_fast
 from m29_inference.shrink import Link, links, rank, shrink, silence
 from m29_inference.student import copy_of, student_and_data
 from m29_inference.training import accuracy
+from timing import measure_alternately, times_as_fast
 
 UNIT = 16  # channels: as many float32 numbers as the widest vector registers hold
 SHARES = (0.5, 0.35)  # of the multiplications

@@ -19,7 +19,7 @@ from torch._inductor.utils import run_and_get_code
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import measure_alternately, print_table, save_figure
+from common import print_table, save_figure
 from errors import InputError, first_line
 from m29_inference import quantize
 from m29_inference.int8 import (
@@ -40,6 +40,7 @@ from m29_inference.quantize_setup import BATCH_SIZES, load_converted, load_netwo
 from m29_inference.torchvision_networks import fitting_batch, uses_attention
 from m29_inference.training import CPU, fast_format
 from paths import check_file_place
+from timing import measure_alternately
 
 REPEATS = 9
 

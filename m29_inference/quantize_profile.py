@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import measure_alternately, print_table, save_figure
+from common import print_table, save_figure
 from errors import InputError
 from m29_inference import quantize
 from m29_inference.int8 import (
@@ -36,6 +36,7 @@ from m29_inference.quantize_linear import with_plain_attention
 from m29_inference.quantize_setup import BATCH_SIZES, load_network, say_seven_bits
 from m29_inference.torchvision_networks import fitting_batch
 from m29_inference.training import CPU
+from timing import measure_alternately
 
 REPEATS = 15
 BIAS = re.compile(r"temporary_reference\((\w+?)(?:_weight)?_bias\w*\.get")

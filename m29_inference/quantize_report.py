@@ -1,15 +1,8 @@
-"""The verdict on latencies of all scripts of M29, and the sentences and pictures of `quantize.py -model NAME`."""
-
-import statistics
+"""The sentences and pictures of `quantize.py -model NAME`."""
 
 import matplotlib.pyplot as plt
 
-
-def times_as_fast(runs_ms: list[float], their_runs_ms: list[float], name: str) -> str:
-    """How many times as fast as what is called `name`: median and range of the rounds, in each of which both were measured."""
-    ratios = [their / own for their, own in zip(their_runs_ms, runs_ms, strict=True)]
-    verdict = "faster" if min(ratios) > 1 else "slower" if max(ratios) < 1 else "cannot tell"
-    return f"{statistics.median(ratios):.2f}x {name} ({min(ratios):.2f} to {max(ratios):.2f}, {verdict})"
+from timing import times_as_fast
 
 
 def against(ours: dict, theirs: dict) -> str:

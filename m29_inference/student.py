@@ -21,11 +21,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import SAMPLE_NAME, Images, augment, load_cifar10, normalize
-from common import measure_alternately, new_parser, parse, positive_int, print_table, save_figure, save_results
+from common import new_parser, parse, positive_int, print_table, save_figure, save_results
 from m29_inference.network import WhitenedNet, new_network
-from m29_inference.quantize_report import times_as_fast
 from m29_inference.training import BATCH, CPU, fast_format, hard_loss, say_convergence, train, training_file
 from machine import keep_memory
+from timing import measure_alternately, times_as_fast
 
 WIDTHS, EPOCHS = (32, 64, 128), 8
 

@@ -10,9 +10,9 @@ import torch
 import torchvision
 from torch import nn
 
-from common import Timing
 from errors import InputError
 from m29_inference import architectures, architectures_report, torchvision_networks
+from timing import Timing
 
 CPU = torch.device("cpu")
 SCRIPT = "m29_inference/architectures.py"

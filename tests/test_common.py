@@ -1,11 +1,9 @@
-"""common.py: flags in every spelling, wrong ones refused in one line, honest timing, tables, results, figures."""
+"""common.py: flags in every spelling, wrong ones refused in one line, tables, results, figures."""
 
 import importlib.metadata
 import json
-import statistics
 import subprocess
 import sys
-import time
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -82,38 +80,12 @@ def test_the_seed_makes_a_run_repeat(parser):
     assert torch.equal(first, torch.rand(3))
 
 
-def test_measure_sees_a_sleep_and_counts_its_runs():
-    timing = common.measure(lambda: time.sleep(0.02), CPU, repeats=3)
-    assert len(timing.runs_ms) == 3
-    assert min(timing.runs_ms) >= 20 and timing.median_ms == statistics.median(timing.runs_ms)
-    assert timing.sd_ms == pytest.approx(statistics.stdev(timing.runs_ms))
-
-
-def test_alternating_measurement_takes_turns():
-    called = []
-    timings = common.measure_alternately({name: lambda name=name: (called.append(name), time.sleep(0.02)) for name in "ab"}, CPU, repeats=3)
-    turns = "".join(name for number, name in enumerate(called) if number == 0 or name != called[number - 1])
-    assert turns == "abababab" and all(len(timing.runs_ms) == 3 for timing in timings.values())
-    assert "".join(called[-6:]) == "ababab"  # a call longer than ten milliseconds is made once a round, when that is known
-
-
-def test_short_calls_are_made_many_times_a_round():
-    called = []
-    timing = common.measure(lambda: (called.append(None), time.sleep(0.001)), CPU, repeats=2)
-    assert len(called) >= 3 * 5 and all(1 <= ms < 10 for ms in timing.runs_ms)
-
-
 def test_data_scripts_do_without_torch():
     code = (
         "import sys, data.download, data.sample; common = sys.modules['common']; common.parse(common.new_parser('', computes=False), []); "
     )
     code += "assert not {'torch', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_the_spread_is_that_of_a_sample():
-    assert common.spread([1.0, 3.0]) == pytest.approx(2**0.5)
-    assert common.spread([1.0]) == 0
 
 
 def test_a_table_is_aligned(capsys):

@@ -18,7 +18,6 @@ from conftest import PATIENCE_S
 from torch import nn
 
 from cifar10 import ConvNet, Images
-from common import Timing
 from errors import InputError
 from m29_inference import int8, int8_file, quantize_model, quantize_profile, quantize_report, quantize_setup, student, training
 from m29_inference.macs import gmacs, gmacs_by_layer
@@ -30,6 +29,7 @@ from m29_inference.quantize_model import compiled, find_variants
 from m29_inference.quantize_peers import Peer, convert_for_peers, load_peers
 from m29_inference.quantize_setup import load_converted, load_network, say_what_is_missing
 from machine import cpu_has
+from timing import Timing
 
 SCRIPT = "m29_inference/quantize.py"
 X86 = platform.machine().lower() in ("x86_64", "amd64")  # torch has int8 kernels for these alone
