@@ -112,9 +112,8 @@ def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, devi
     free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()) - reserved
     most = int(0.8 * free // each)
     if most < 1:
-        raise InputError(
-            f"{name} needs about {each / 1e6:,.0f} MB an image, {max(0, free) / 1e6:,.0f} MB are free: take smaller networks or fewer pixels"
-        )
+        needs = f"{name} needs about {each / 1e6:,.0f} MB an image, {max(0, free) / 1e6:,.0f} MB are free"
+        raise InputError(f"{needs}: take smaller networks or fewer pixels")
     if most < batch:
         print(f"warning: {name} needs about {each / 1e6:,.0f} MB an image, {free / 1e6:,.0f} MB are free: batch {most} instead of {batch}")
     return min(batch, most)
