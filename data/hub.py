@@ -88,11 +88,9 @@ def from_rows(found, split: str, source: str) -> tuple:
         columns = ", ".join(rows.column_names)
         raise InputError(f"-data {source} has no column {' and '.join(sorted(missing))}, it has: {columns}; CIFAR-10 has img and label")
     classes, labels = number_labels(rows, source)
-    images = decode_once(rows, source)
-    if images.shape[1:] != (3, 32, 32) or len(classes) != 10:
-        height, width = images.shape[2:]
-        raise InputError(f"-data {source} holds {width}x{height} images of {len(classes)} classes: 32x32 images of 10 are expected")
-    return torch.from_numpy(images), labels, classes, name_by_classes(source, split, classes)
+    if len(classes) != 10:
+        raise InputError(f"-data {source} has {len(classes)} classes: ten are expected")
+    return torch.from_numpy(decode_once(rows, source)), labels, classes, name_by_classes(source, split, classes)
 
 
 def number_labels(rows, source: str) -> tuple[tuple[str, ...], torch.Tensor]:
@@ -119,18 +117,21 @@ def name_by_classes(source: str, split: str, classes: tuple[str, ...]) -> str:
 
 
 def decode_once(rows, source: str) -> np.ndarray:
-    """All images of a `datasets.Dataset`, uint8 (n, 3, height, width); kept on disk, as decoding takes seconds."""
+    """All images of a `datasets.Dataset`, uint8 (n, 3, 32, 32); kept on disk, as decoding takes seconds."""
     file = DATA / "decoded_cifar10" / f"{rows._fingerprint}.npz"  # of the rows' content and history, made by the library
     with contextlib.suppress(*DAMAGED), np.load(file) as arrays:
         return arrays["images"]
     pictures = []
     try:
         for image in tqdm(rows["img"], f"decoding {len(rows):,} images", leave=False):
+            if image.size != (32, 32):
+                width, height = image.size
+                raise InputError(f"-data {source}: image {len(pictures):,} has {width}x{height} pixels: 32x32 are expected")
             pictures.append(np.asarray(image.convert("RGB")))
+    except InputError:
+        raise
     except (OSError, SyntaxError, ValueError, AttributeError) as error:  # Pillow's, and that of something that is no image
         raise InputError(f"-data {source}: image {len(pictures):,} cannot be read ({first_line(error)})") from error
-    if len({picture.shape for picture in pictures}) > 1:
-        raise InputError(f"the images of -data {source} differ in size: 32x32 images are expected")
     images = np.stack(pictures).transpose(0, 3, 1, 2).copy()
     with contextlib.suppress(OSError, InputError), atomic_path(file) as temporary:  # no place to keep them is no reason to stop
         np.savez(temporary, images=images)

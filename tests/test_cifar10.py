@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import pickle
+import re
 import time
 from pathlib import Path
 
@@ -204,7 +205,7 @@ def test_a_full_disk_is_not_taken_for_a_folder_without_data(tmp_path, monkeypatc
     [
         (32, "image", ("train", "test"), "has no column img, it has: image, label; CIFAR-10 has img and label"),
         (32, "img", ("train",), "has no split 'test', it has: train"),
-        (28, "img", ("train", "test"), "holds 28x28 images of 10 classes: 32x32 images of 10 are expected"),
+        (28, "img", ("train", "test"), ": image 0 has 28x28 pixels: 32x32 are expected"),
     ],
 )
 def test_a_data_set_of_another_form_is_refused_with_the_reason(tmp_path, size, column, splits, said):
@@ -212,6 +213,13 @@ def test_a_data_set_of_another_form_is_refused_with_the_reason(tmp_path, size, c
     with pytest.raises(InputError) as error:
         load_cifar10(str(tmp_path))
     assert said in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_other_classes_are_refused_before_an_image_is_decoded(tmp_path, monkeypatch):
+    save_parquet(tmp_path, np.zeros((20, 3, 32, 32), np.uint8), names=[*CLASSES, "zebra"])
+    monkeypatch.setattr(hub, "decode_once", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InputError, match=f"^-data {re.escape(str(tmp_path))} has 11 classes: ten are expected$"):
+        load_cifar10(str(tmp_path))
 
 
 def test_data_without_labels_are_refused(images, tmp_path):
@@ -244,8 +252,8 @@ def test_what_is_no_image_or_no_label_is_named(images, tmp_path):
     picture.save(whole, "png")
     broken = {"bytes": whole.getvalue()[:60], "path": None}
     cases = {
-        "image 1 cannot be read": ([{"bytes": whole.getvalue(), "path": None}, broken], [0, 1]),
-        "image 0 cannot be read": ([[1, 2], [3, 4]], [0, 1]),
+        "image 1 cannot be read": ([{"bytes": whole.getvalue(), "path": None}, *[broken] * 9], list(range(10))),
+        "image 0 cannot be read": ([[1, 2]] * 10, list(range(10))),
         "row 1 has the label None, which is none of the 1 classes": ([picture, picture], [0, None]),
         r"the column label holds \[1\], where numbers or names are expected": ([picture, picture], [[1], [0]]),
     }
@@ -291,7 +299,7 @@ def test_images_of_several_sizes_are_refused(tmp_path):
     rows = {"img": [Image.new("RGB", (32, 32)), Image.new("RGB", (40, 30))], "label": [0, 1]}
     features = Features({"img": ImageFeature(), "label": ClassLabel(names=list(CLASSES))})
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
-    with pytest.raises(InputError, match="differ in size: 32x32 images are expected"):
+    with pytest.raises(InputError, match="image 1 has 40x30 pixels: 32x32 are expected"):
         load_cifar10(str(tmp_path))
 
 
