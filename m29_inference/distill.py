@@ -175,9 +175,9 @@ def main(args) -> list[dict]:
     pretrained = None if args.teacher == "train" else load_pretrained(args.teacher)
     args.views = args.views or ("once" if pretrained else "every_epoch")
     data = load_cifar10(args.data, BATCH)
-    data = quick_part(data) if args.quick else data
     if args.limit:
         data["train"] = stratified(data["train"], args.limit)
+    data = quick_part(data) if args.quick else data
     if len(data["train"]) < BATCH:
         raise InputError(f"-limit {args.limit} is too small: a step of training takes {BATCH} images")
     real = data["train"].name != SAMPLE_NAME and not args.quick

@@ -684,7 +684,7 @@ def test_bad_input_is_said(check_refusals, tmp_path):
         ("-temperature", "1e200"): (2, "'1e200' is not allowed: a number from 0.1 to 100 is expected"),
         ("-teacher", str(tmp_path / "empty")): (1, "no image classifier in this folder"),
         ("-teacher", "nobody/nothing"): (1, "no such folder, and the Hugging Face hub cannot be reached"),
-        ("-limit", "20000"): (1, "there are only 10,000 training images"),
+        ("-quick", "-limit", "20000"): (1, "there are only 10,000 training images"),
         ("-quick", "-limit", "100"): (1, "-limit 100 is too small: a step of training takes 256 images"),
     }
     nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
