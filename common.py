@@ -57,7 +57,7 @@ def new_parser(doc: str, computes: bool = True) -> CourseParser:
     parser.add_argument("-seed", type=seed, default=0, help="seed of everything random (default: 0)")
     if computes:
         parser.add_argument("-device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where tensors live (default: auto)")
-        parser.add_argument("-num_threads", type=positive_int, help="threads of torch's operations (default: torch's own choice)")
+        parser.add_argument("-num_threads", type=thread_count, help="threads of torch's operations (default: torch's own choice)")
         parser.add_argument("-quick", action="store_true", help="small sizes, to see that it runs; the figures mean little")
         parser.add_argument("-show", action="store_true", help="open figures in a window as well as saving them")
     return parser
@@ -107,6 +107,11 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     return _whole_number(text, 0)
+
+
+def thread_count(text: str) -> int:
+    """The type of a flag that says how many threads: more than a system starts would end in a crash."""
+    return _whole_number(text, 1, 1024)
 
 
 def positive_number(text: str) -> float:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import new_parser, parse, positive_int, positive_number, print_table, save_figure, save_results
+from errors import InputError
 from m29_inference.architectures_report import advise, plot_accuracy, plot_rates, who_is_level
 from m29_inference.macs import gmacs
 from m29_inference.torchvision_networks import (
@@ -38,6 +39,7 @@ from timing import measure, measure_alternately, times_as_fast
 
 MODELS = ("resnet18", "efficientnet_b0", "mobilenet_v3_large", "swin_t")
 BATCH_SIZES = [1, 8]  # where -batch_sizes does not say it
+REPEATS = 7  # in which one of 64 pairs that are level is called faster or slower, by chance
 TOLERANCE, ROUNDED = 0.005, 0.0005  # counts that differ by a larger share are marked; GMACs are published in thousandths
 
 
@@ -49,7 +51,10 @@ def count_macs(model: nn.Module, resolution: int) -> dict[str, float]:
     shape = (3, resolution, resolution)
     options = {"backend": "aten", "as_strings": False, "print_per_layer_stat": False, "verbose": False}
     with torch.no_grad():  # else all that backward() would need were kept
-        macs, _ = get_model_complexity_info(model, shape, **options)  # with an outline it would see attention, which its users do not
+        # on a copy, for it leaves its hooks; with an outline it would see attention, which its users do not
+        macs, _ = get_model_complexity_info(copy.deepcopy(model), shape, **options)
+    if macs is None:
+        raise InputError("ptflops could not count this network's MACs, perhaps for lack of memory: see what it says above")
     return {"ptflops": macs / 1e9, "flop_counter": gmacs(outline(model), resolution)}
 
 
@@ -115,7 +120,7 @@ def layouts_of(model: nn.Module, images: torch.Tensor) -> dict:
         calls[layout] = lambda copied=copied, arranged=arranged: copied(arranged)
         outputs[layout] = calls[layout]()
     difference = (outputs["contiguous"] - outputs["channels_last"]).abs().max() / outputs["contiguous"].abs().max()
-    if not difference <= (1e-2 if images.is_cuda else 1e-3):  # a GPU may round the inputs of one of them (TF32)
+    if not difference <= (1e-2 if images.is_cuda else 1e-3):  # a GPU may take another algorithm for one of them
         raise RuntimeError(f"channels_last computes something else: relative difference {difference:.1e}")
     return calls
 
@@ -124,7 +129,7 @@ def time_in_turn(inputs: dict[str, tuple[nn.Module, torch.Tensor]], device: torc
     """Time networks on their images, all of them in turn; of each the faster layout, and how many times as fast as the other it is."""
     with torch.inference_mode():
         calls = {(name, layout): call for name, given in inputs.items() for layout, call in layouts_of(*given).items()}
-        timings = measure_alternately(calls, device, said="networks and layouts in turn")
+        timings = measure_alternately(calls, device, REPEATS, "networks and layouts in turn")
     found = {}
     for name in inputs:
         layout, other = sorted(("contiguous", "channels_last"), key=lambda layout: timings[name, layout].median_ms)
@@ -174,6 +179,7 @@ def measure_all(args) -> list[dict]:
 
 
 def main(args) -> list[dict]:
+    torch.backends.cudnn.allow_tf32 = False  # or a GPU would round what convolutions compute, and not what linear layers do
     rows, rates = measure_all(args), ceilings(args.device)
     best = max(rates, key=rates.get)
     firsts = [next(row for row in rows if row["model"] == name) for name in dict.fromkeys(args.models)]
@@ -189,8 +195,8 @@ def main(args) -> list[dict]:
         print(f"at this resolution no accuracy is published for {', '.join(unknown)}: left out of what follows")
     print(advise(known, args.budget_ms))
     if known:
-        save_figure(plot_accuracy(known), __file__, "accuracy", args, "5 repeats in turn, accuracy as published by torchvision")
-    save_figure(plot_rates(firsts, best, rates[best]), __file__, "rates", args, "5 repeats in turn, median")
+        save_figure(plot_accuracy(known), __file__, "accuracy", args, f"{REPEATS} repeats in turn, accuracy as published by torchvision")
+    save_figure(plot_rates(firsts, best, rates[best]), __file__, "rates", args, f"{REPEATS} repeats in turn, median")
     return rows
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import logging
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -38,12 +39,17 @@ SMALLEST_SCALE = 2**-60  # torchao's own 2**-12 is coarser than the activations 
 
 def activation_bits() -> int:
     """8, or 7 where the sum of two products would have to fit into 16 bits."""
-    return 8 if has_vnni() else 7
+    return 7 if sums_overflow() else 8
 
 
 def has_vnni() -> bool:
     """Whether the processor adds up products of int8 numbers in 32 bits; older ones do it in 16, which two large products overflow."""
     return cpu_has("avx512_vnni") or cpu_has("avx_vnni")
+
+
+def sums_overflow() -> bool:
+    """Whether the sum of two large products is too much for the processor: on x86 without VNNI; elsewhere it has 32 bits or is a float."""
+    return platform.machine().lower() in ("x86_64", "amd64") and not has_vnni()
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import sys
 import zipfile
@@ -12,10 +13,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from errors import InputError
-from m29_inference.int8 import activation_bits, export_network, has_vnni, import_quantizer, quiet
+from m29_inference.int8 import activation_bits, export_network, import_quantizer, quiet
 from paths import DAMAGED, atomic_path, check_zip
 
 MADE_OF, BITS = "made_of", "activation_bits"  # the notes in it
+# All that save_graph writes: numbers, and text. torch.export.load() reads other parts, too, unpickles them, or runs them as machine code.
+PARTS = re.compile(
+    r"\w+/(models/model\.json|data/(weights|constants)/(weight_\d+|tensor_\d+|model_weights_config\.json|model_constants_config\.json)"
+    rf"|data/sample_inputs/model\.pt|extra/({MADE_OF}|{BITS})|archive_format|archive_version|byteorder|\.data/(version|serialization_id))"
+)
 
 
 def save_graph(graph: torch.fx.GraphModule, images: torch.Tensor, file: Path, made_of: str = "") -> Path:
@@ -45,7 +51,7 @@ def deflate_text(content: io.BytesIO) -> io.BytesIO:
 def check_graph_file(file: Path) -> None:
     """InputError where there is no such file, a damaged one, or one for other processors: to be called before minutes are spent.
 
-    Also for one with parts that torch would unpickle, which runs whatever code they hold; save_graph writes none.
+    Also for one with a part that could run code while it is read; save_graph writes none.
     """
     if Path(file).is_dir():
         raise InputError(f"-load {file} is a folder: give a file")
@@ -55,20 +61,22 @@ def check_graph_file(file: Path) -> None:
         check_zip(file)
         with zipfile.ZipFile(file) as parts:
             [bits] = [parts.read(name) for name in parts.namelist() if name.endswith(f"/{BITS}")]
-            pickled = [part.filename for part in parts.infolist() if is_pickled(part, parts)]
+            foreign = [part.filename for part in parts.infolist() if not is_ours(part, parts)]
     except (*DAMAGED, struct.error) as error:
         raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error
-    if pickled:
-        raise InputError(f"{file} is not a network that was kept with -save: {pickled[0]} could run any code when it is read")
-    if bits == b"8" and not has_vnni():
+    if foreign:
+        raise InputError(f"{file} is not a network that was kept with -save: {foreign[0]} could run any code when it is read")
+    if bits == b"8" and activation_bits() == 7:
         raise InputError(f"{file} has activations of 8 bits, for processors with VNNI: here their sums would overflow, convert it anew")
 
 
-def is_pickled(part: zipfile.ZipInfo, parts: zipfile.ZipFile) -> bool:
-    """Whether torch.export.load() would unpickle this part of a file: example images, and tensors whose list says so."""
+def is_ours(part: zipfile.ZipInfo, parts: zipfile.ZipFile) -> bool:
+    """Whether save_graph writes such a part: none of another name, no example images, no tensors whose list says that they are pickled."""
     if part.filename.endswith("_config.json"):
-        return any(tensor["use_pickle"] for tensor in json.loads(parts.read(part))["config"].values())
-    return "/sample_inputs/" in part.filename and part.file_size > 0
+        pickled = any(tensor["use_pickle"] for tensor in json.loads(parts.read(part))["config"].values())
+    else:
+        pickled = "/sample_inputs/" in part.filename and part.file_size > 0
+    return not pickled and PARTS.fullmatch(part.filename) is not None
 
 
 def load_graph(file: Path) -> tuple[nn.Module, str]:

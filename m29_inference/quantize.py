@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from common import parse, positive_int, print_table, save_figure, save_results, share_above_0
+from common import parse, positive_int, print_table, save_figure, save_results, share_above_0, thread_count
 from m29_inference.student import cpu_parser
 from machine import usable_cores
 
@@ -164,6 +164,7 @@ def main(args) -> list[dict]:
     x = 1 + torch.randn(10_000 if args.quick else 1_000_000, generator=generator)  # not around 0, so that the zero point is not 0 either
     low, high = (x.sort().values[round(part * (len(x) - 1))] for part in ((1 - args.clip) / 2, (1 + args.clip) / 2))
     scale, zero_point = scale_and_zero_point(low, high, args.bits)
+    low, high = low.clamp(max=0), high.clamp(min=0)  # as it has widened them
     q = quantize(x, scale, zero_point, args.bits)
     inside, error = (x >= low) & (x <= high), (dequantize(q, scale, zero_point) - x).abs() / scale
     print(f"{len(x):,} random numbers from {x.min():.3f} to {x.max():.3f}, first of them: {', '.join(f'{v:.4f}' for v in x[:4])}")
@@ -223,7 +224,7 @@ if __name__ == "__main__":
     part("-layers", action="store_true", help="with -model: keep one layer at a time in float32")
     part("-profile", action="store_true", help="with -model: time each layer in int8, for the first of -batch_sizes and of -threads")
     flag("-batch_sizes", type=positive_int, nargs="+", help="with -model: images at a time (default: 1 32)")
-    flag("-threads", type=positive_int, nargs="+", help="with -model: threads to time with (default: -num_threads, else 1 and all)")
+    flag("-threads", type=thread_count, nargs="+", help="with -model: threads to time with (default: -num_threads, else 1 and all)")
     flag("-calibration", type=positive_int, help="with -model: images that set the scales (default: 320)")
     flag("-pretrained", action="store_true", help="with -model: download torchvision's weights; changes no latency")
     flag("-data", help="for the student: folder or hub id of CIFAR-10 (default: data/cifar10 where it was downloaded, else drawn shapes)")

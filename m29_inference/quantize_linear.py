@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import nn
 
-from m29_inference.int8 import has_vnni, import_quantizer, quiet
+from m29_inference.int8 import import_quantizer, quiet, sums_overflow
 
 
 class PlainAttention(nn.Module):
@@ -51,5 +51,5 @@ def dynamic_int8(network: nn.Module) -> nn.Module:
     import_quantizer()  # whose patterns the compiler needs to find these layers
     copied = copy.deepcopy(network).eval()
     with quiet():
-        quantize_(copied, Int8DynamicActivationInt8WeightConfig(reduce_range=not has_vnni()))
+        quantize_(copied, Int8DynamicActivationInt8WeightConfig(reduce_range=sums_overflow()))
     return copied

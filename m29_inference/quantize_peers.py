@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from errors import first_line
-from m29_inference.int8 import ANY_BATCH, has_vnni, quiet
+from m29_inference.int8 import ANY_BATCH, quiet, sums_overflow
 
 
 class Peer(NamedTuple):
@@ -77,7 +77,7 @@ def onnx_runtime(network: nn.Module, calibration: list[torch.Tensor], folder: Pa
         verbose=False,
     )
     quant_pre_process(exported, prepared)
-    options = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": not has_vnni()}
+    options = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": sums_overflow()}
     quantize_static(prepared, quantized, Reader(), quant_format=QuantFormat.QDQ, **options)
 
     def load(shape: torch.Size, threads: int):

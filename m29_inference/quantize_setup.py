@@ -1,6 +1,5 @@
 """What stands before a network is quantized: the network, the images that set the scales, what this machine lacks."""
 
-import platform
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
 from errors import InputError
-from m29_inference.int8 import has_compiler, has_vnni, why_not_compiled
+from m29_inference.int8 import has_compiler, sums_overflow, why_not_compiled
 from m29_inference.int8_file import load_graph
 from m29_inference.student import student_and_data
 from m29_inference.torchvision_networks import build, published_resolution
@@ -60,7 +59,8 @@ def load_converted(args, network: nn.Module) -> nn.Module:
     """The int8 network out of -load, if it is one of this very network."""
     int8, made_of = load_graph(args.load)
     if made_of != fingerprint(network):
-        another = f"another network or training than this {args.model} (other data, another number of threads)"
+        likely = "other data, another number of threads" if args.model == "student" else "another -seed, -pretrained for one of them"
+        another = f"another network or training than this {args.model} ({likely})"
         raise InputError(f"{args.load} was made of {another}: leave -load out to convert it")
     return int8
 
@@ -75,5 +75,5 @@ def say_what_is_missing() -> None:
 
 
 def say_seven_bits() -> None:
-    if not has_vnni() and platform.machine().lower() in ("x86_64", "amd64"):
+    if sums_overflow():
         print("torch finds no VNNI here, so int8 products may be added up in 16 bits: activations are kept in 7, so that no sum overflows.")

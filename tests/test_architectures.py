@@ -213,7 +213,8 @@ def test_networks_are_timed_in_turn_each_in_its_faster_layout(monkeypatch):
     }
     together = []
 
-    def timings(calls, device, said):
+    def timings(calls, device, repeats, said):
+        assert repeats == 7 and torch.is_inference_mode_enabled()
         together.append(list(calls))
         return {name: Timing(runs[name]) for name in calls}
 

@@ -1,6 +1,7 @@
 """quantize.py: the arithmetic against torch's, its bounds, integer sums, and the run of a learner."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -90,6 +91,14 @@ def test_the_run_of_a_learner(run_script, results):
     rows = json.loads((results / "quantize.json").read_text())["rows"]
     assert {row["measured"] for row in rows} == {"bits", "granularity", "sum"}
     assert all((results / f"quantize_{name}.png").exists() for name in ("error", "sums"))
+
+
+def test_a_range_that_must_hold_0_is_wider_than_what_was_clipped(run_in_fork):
+    done = run_in_fork(SCRIPT, "-quick", "-clip", "0.5")
+    said = int(re.search(r"([\d,]+) values outside the range saturate", done.stdout)[1].replace(",", ""))
+    x = 1 + torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    assert said == ((x < 0) | (x > x.sort().values[round(0.75 * 9999)])).sum()
+    assert "scale 0.0065" in done.stdout and "error at most 0.50 scale" in done.stdout
 
 
 def test_bad_input_is_said(check_refusals):

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import functools
+import io
 import json
-import pickle
 import platform
+import re
 import subprocess
 import sys
 import zipfile
@@ -113,19 +115,45 @@ def test_what_is_saved_comes_back_bit_for_bit(graph, tmp_path):
 
 def test_times_as_fast_as_eager_are_eagers_time_over_ones_own(network, monkeypatch, tmp_path):
     times = {"eager": Timing([8.0, 9.0, 30.0]), "channels_last": Timing([4.0, 3.0, 10.0])}
-    monkeypatch.setattr(quantize_model, "measure_alternately", lambda calls, *_: times)
+    monkeypatch.setattr(quantize_model, "measure_alternately", lambda calls, *_: times if torch.is_inference_mode_enabled() else None)
     progress = SimpleNamespace(set_postfix_str=str, update=lambda: None)
     eager, last = quantize_model.time_variants(SimpleNamespace(model="student"), network, {}, {}, batches()[0][:2], progress)
     assert (eager["x_eager"], last["x_eager"], last["latency_ms"]) == (1.0, 3.0, 4.0)  # the median of 2, 3 and 3
 
 
+def test_each_number_of_threads_and_each_batch_is_timed_and_memory_is_kept_for_the_variants(network, monkeypatch):
+    asked, seen = [], []
+
+    def fits(_, name, pixels, batch, device, reserved):
+        asked.append((name, pixels, batch, reserved))
+        return min(batch, 3)
+
+    def time_variants(args, network, variants, peers, images, progress):
+        seen.append((torch.get_num_threads(), len(images)))
+        return []
+
+    monkeypatch.setattr(quantize_model, "fitting_batch", fits)
+    monkeypatch.setattr(quantize_model, "time_variants", time_variants)
+    args = SimpleNamespace(model="student", batch_sizes=[1, 5], threads=[1, 2], quick=False)
+    quantize_model.time_all(args, network, dict.fromkeys("abc"), {}, batches())
+    assert seen == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    weights = sum(4 * parameter.numel() for parameter in network.parameters())
+    assert asked == [("student", 32, batch, 4 * weights) for batch in (1, 5)]
+
+
 def test_a_difference_is_judged_by_how_far_two_images_are_apart(capsys):
     images = torch.arange(4.0)[:, None]
     rows = [{"variant": "eager", "relative_difference": 0.0}, {"variant": "int8", "relative_difference": 0.01}]
-    quantize_model.say_yardstick(rows, nn.Identity(), 1 + images)
+    say = functools.partial(quantize_model.say_yardstick, rows, nn.Identity())
+    say(1 + images, random_weights=True)
     assert "two images it is 0.63" in (said := capsys.readouterr().out) and "warning" not in said  # sqrt(1 + 1 + 1 + 9) / sqrt(30)
-    quantize_model.say_yardstick(rows, nn.Identity(), 1 + images / 1000)
-    assert "warning: int8 is off by up to 0.01: with random weights all images get nearly the same answer" in capsys.readouterr().out
+    for random_weights in (False, True):
+        say(1 + images / 50, random_weights=random_weights)
+        said = capsys.readouterr().out
+        assert "it is 0.034" in said and "warning: int8 is off by up to 0.01, against that no little" in said
+        assert ("with random weights all images get nearly the same answer" in said) == random_weights
+    say(images[:1], random_weights=True)  # one image is not two
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("content", "said"), [(None, "no such file"), (b"", "damaged"), (b"PK\3\4 and then nothing", "damaged")])
@@ -147,16 +175,26 @@ def test_a_file_with_a_part_that_could_run_code_is_refused_unread(graph, tmp_pat
             return Path.touch, (ran,)
 
     kept = int8_file.save_graph(graph, batches()[0], tmp_path / "net.pt2")
-    for wrong in ("sample_inputs/model.pt", "model_weights_config.json"):
-        with zipfile.ZipFile(kept) as old, zipfile.ZipFile(tmp_path / "wrong.pt2", "w") as new:
-            for name in old.namelist():
-                content = old.read(name)
-                if name.endswith(wrong):
-                    content = (
-                        pickle.dumps(Trap()) if "sample" in wrong else content.replace(b'"use_pickle": false', b'"use_pickle": true', 1)
-                    )
-                new.writestr(name, content)
-        with pytest.raises(InputError, match=f"is not a network that was kept with -save: .*{wrong} could run any code when it is read"):
+    pickled = io.BytesIO()
+    torch.save(Trap(), pickled)
+    with zipfile.ZipFile(kept) as old:
+        parts = {name: old.read(name) for name in old.namelist()}
+    folder = next(iter(parts)).split("/")[0]
+    listed = next(name for name in parts if name.endswith("model_weights_config.json"))
+    cases = {
+        f"{folder}/data/sample_inputs/model.pt": pickled.getvalue(),
+        listed: parts[listed].replace(b'"use_pickle": false', b'"use_pickle": true', 1),
+        f"{folder}/data/weights/model.pt": pickled.getvalue(),  # torch's older way to keep weights
+        f"{folder}/data/constants/opaque_obj_0": pickled.getvalue(),
+        f"{folder}/data/aotinductor/model/model.so": b"machine code",
+        "serialized_state_dict.pt": pickled.getvalue(),  # a file of torch's older form
+    }
+    for wrong, content in cases.items():
+        with zipfile.ZipFile(tmp_path / "wrong.pt2", "w") as new:
+            for name, its in {**parts, wrong: content}.items():
+                new.writestr(name, its)
+        said = f"is not a network that was kept with -save: {re.escape(wrong)} could run any code when it is read"
+        with pytest.raises(InputError, match=said):
             int8_file.load_graph(tmp_path / "wrong.pt2")
     assert not ran.exists()
 
@@ -369,7 +407,7 @@ def test_layers_that_stay_float_are_counted(capsys):
     rows = [{"variant": name, "int8_operations": count} for name, count in {"a": 3, "b": 0, "c": 7, "d": None}.items()]
     quantize_model.say_where_floats_are_left(rows, 7)
     first, second = capsys.readouterr().out.splitlines()
-    assert first == "a: 3 int8 operations for 7 convolutions and linear layers: the others compute with floats"
+    assert first == "a: 3 int8 operations for 7 convolutions and linear layers: the others compute with floats or do not run"
     assert second.startswith("warning: b contains no int8 operation")
 
 
@@ -648,13 +686,15 @@ def test_a_single_image_to_calibrate_with_makes_a_graph_for_any_batch(network):
 
 
 def test_a_graph_whose_sums_would_overflow_here_is_refused(graph, tmp_path, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(int8, "has_vnni", lambda: True)
     file = int8_file.save_graph(graph, batches()[0], tmp_path / "net.pt2")
-    monkeypatch.setattr(int8_file, "has_vnni", lambda: False)
+    monkeypatch.setattr(int8, "has_vnni", lambda: False)
     with pytest.raises(InputError, match="has activations of 8 bits, for processors with VNNI: here their sums would overflow"):
         int8_file.load_graph(file)
-    monkeypatch.setattr(int8_file, "has_vnni", lambda: True)
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")  # where there is no such sum
     int8_file.load_graph(file)
+    assert int8.activation_bits() == 8
 
 
 def test_an_untrained_vision_transformer_does_not_say_zero():

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+import timing
 from timing import measure, measure_alternately, spread, times_as_fast
 
 CPU = torch.device("cpu")
@@ -30,6 +31,22 @@ def test_short_calls_are_made_many_times_a_round():
     called = []
     timed = measure(lambda: (called.append(None), time.sleep(0.001)), CPU, repeats=2)
     assert len(called) >= 3 * 5 and all(1 <= ms < 10 for ms in timed.runs_ms)
+
+
+def test_the_first_round_is_dropped():
+    seconds = iter([0.5])
+    timed = measure(lambda: time.sleep(next(seconds, 0.02)), CPU, repeats=2)
+    assert len(timed.runs_ms) == 2 and max(timed.runs_ms) < 400
+
+
+def test_a_gpu_is_waited_for(monkeypatch):
+    from torch.utils import benchmark
+
+    assert timing._Timer(lambda: None, CPU).later.timer is benchmark.timer  # it waits for CUDA, where there is one
+    called, waited = [], []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(None))
+    measure(lambda: (called.append(None), time.sleep(0.01)), torch.device("mps"), repeats=2)
+    assert len(called) == len(waited) > 2
 
 
 def test_the_spread_is_that_of_a_sample():
