@@ -163,13 +163,14 @@ def end(groups: list[Group]) -> None:
 
 
 def benchmark(args) -> None:
-    """Measure 1..N processes of one thread, and one process of N threads, on the same global batch; table, figure, results."""
+    """Measure 1..N processes of one thread, and on a CPU one process of N threads, on the same global batch; table, figure, results."""
     data = load_cifar10(args.data, args.batch_size)
     parameters = parameter_bytes(ConvNet(args.widths, "group"))
     counts = [n for n in range(1, args.nproc + 1) if args.batch_size % n == 0]
     threads = args.num_threads or max(1, usable_cores() // args.nproc)
-    shapes = [(n, threads) for n in counts] + ([(1, threads * args.nproc)] if args.nproc > 1 else [])
-    warn(shapes, data)
+    on_cpu = args.device.type == "cpu"
+    shapes = [(n, threads) for n in counts] + ([(1, threads * args.nproc)] if args.nproc > 1 and on_cpu else [])
+    warn(shapes, data, on_cpu)
     rounds = 2 if args.quick else ROUNDS
     print(f"{rounds} rounds of {STEPS} steps of {args.batch_size} images in turn; (processes, threads): {shapes}")
     with tempfile.TemporaryDirectory() as folder:
@@ -189,10 +190,10 @@ def benchmark(args) -> None:
     save_results(ddp_train.__file__, args, rows)
 
 
-def warn(shapes: list[tuple[int, int]], data: dict) -> None:
-    """Say where there are more threads at work than cores, or more processes, all started at once, than fit into memory."""
+def warn(shapes: list[tuple[int, int]], data: dict, on_cpu: bool) -> None:
+    """Say where there are more threads at work than cores that compute, or more processes, all started at once, than fit into memory."""
     busy, processes = max(n * threads for n, threads in shapes), sum(n for n, _ in shapes)
-    if busy > usable_cores():
+    if on_cpu and busy > usable_cores():
         print(f"{busy} threads compute at once on {usable_cores()} usable cores: the ideal line is out of reach")
     needed, free = processes * (PROCESS_BYTES + sum(part.images.nbytes for part in data.values())), available_memory()
     if needed > free:

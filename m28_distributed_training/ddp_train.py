@@ -35,7 +35,7 @@ from common import parse, print_table, save_results
 from errors import InputError, under_torchrun
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
 from m28_distributed_training.launch import launch, print0, said_once
-from m28_distributed_training.training_flags import check, training_parser
+from m28_distributed_training.training_flags import check, refuse_differences, training_parser
 
 REPORT_STEPS, REPORT_S = 10, 5  # from one global loss to the next at most so many steps, and about so many seconds; so is SIGTERM noticed
 # Flags that -benchmark does not look at.
@@ -66,13 +66,14 @@ def train(args) -> None:
     with said_once():
         data = load_cifar10(args.data, args.batch_size)
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
+    settings = run_settings(args, data["train"], steps)
     network = ConvNet(args.widths, "group").to(args.device, memory_format=torch.channels_last)
     model = DistributedDataParallel(network)  # distributed: the parameters of rank 0 are sent to all, once
     sent = count_bytes(model)  # distributed
     settle_buckets(model, *micro_batches(data["train"], 0, args)[0], sent)  # distributed
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-    settings, reports = run_settings(args, data["train"], steps), Reports(args, catch_sigterm())
+    reports = Reports(args, catch_sigterm())
     first = resume(args, settings, network, optimizer, scheduler)
     mean_loss, clock, stopped, kept = None, None, False, False
     for step in (bar := tqdm(range(first, steps), "training", unit="step", disable=dist.get_rank() != 0, initial=first, total=steps)):
@@ -173,11 +174,13 @@ def evaluate(network: nn.Module, data: Images, args) -> int:
 
 
 def run_settings(args, data: Images, steps: int) -> dict:
-    """What must be the same for a resumed run to end with the same bits."""
+    """What must be the same in all processes, and for a resumed run to end with the same bits; InputError where it is not."""
     settings = {key: getattr(args, key) for key in ("batch_size", "seed", "lr", "bf16", "num_threads")}
     settings |= {"data": f"{len(data):,} images of {data.name}, checksum {checksum(data):08x}", "device": args.device.type}
     settings |= {"widths": list(args.widths), "steps": steps, "micro_batches": dist.get_world_size() * args.accumulate}
-    return settings | {"world": dist.get_world_size(), "script": "ddp_train"}
+    settings |= {"world": dist.get_world_size(), "script": "ddp_train"}
+    refuse_differences(settings)
+    return settings
 
 
 def checksum(data: Images) -> int:

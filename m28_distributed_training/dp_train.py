@@ -166,9 +166,8 @@ def main(args) -> list[dict]:
         rows += timed
         save_figure(plot_steps(timed), __file__, "steps", args, f"GPUs {args.device_ids}, 5 repeats")
     else:
-        print(
-            "\nNo CUDA device in use: nn.DataParallel calls the network directly then; images/s above are one device's, not DataParallel's."
-        )
+        spared = "it was left out, as it would take the GPUs" if torch.cuda.is_available() else "nn.DataParallel calls the network directly"
+        print(f"\nNo CUDA device in use: {spared}; images/s above are one device's, not DataParallel's.")
         rows += trace(args, data)
     network = ConvNet(args.widths, "group")
     measures = sizes(network, batch_of(data["train"], 0, args)[0].cpu())

@@ -67,13 +67,14 @@ def shard_network(network: nn.Module, args) -> nn.Module:
 def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
     """The loop of ddp_train.py, sharded or not: what each process holds and sends, and the parameters at the end; None when stopped."""
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
+    settings = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}
     torch.manual_seed(args.seed)  # the same first parameters in all processes, sharded or not
     network = ConvNet(args.widths, "group").to(args.device)
     P = parameter_bytes(network)
     model = shard_network(network, args) if shard else DistributedDataParallel(network)  # sharded
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)  # keeps two numbers a parameter
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-    settings, reports = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}, Reports(args, stop)
+    reports = Reports(args, stop)
     first = resume(args, settings, model, optimizer, scheduler) if shard else 0
     mean_loss, held, sent, wire, stopped, kept = None, {}, BytesSent(), None, False, False
     said = {"desc": "sharded" if shard else "DDP", "unit": "step", "disable": dist.get_rank() != 0}
@@ -108,7 +109,7 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
 
 
 def wire_mb(args, before: int | None, steps: int) -> float | None:
-    """MB that each process really sent in a step, out of what went over the loopback interface; None where not all of it is the steps'."""
+    """MB that each process sent in a step, with what other programs sent over the loopback interface; None where not only steps did."""
     if before is None or steps < 1 or args.checkpoint or args.backend != "gloo" or several_machines():
         return None
     return (on_loopback() - before) / steps / dist.get_world_size() / 1e6

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import seed_everything
-from errors import InputError, let_the_first_speak, one_sentence, under_torchrun
+from errors import InputError, first_line, let_the_first_speak, one_sentence, under_torchrun
 from machine import usable_cores
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
@@ -242,10 +242,11 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
         return next(dist.rendezvous("env://", timeout=timeout))
     except ValueError as error:  # a variable is missing
         raise InputError(f"{str(error).rpartition(': ')[2]}: start the processes with torchrun, which sets it") from error
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "failed to listen" not in str(error):
-            raise
-        port = os.environ["MASTER_PORT"]
+            said = f"rank {os.environ['RANK']} and the others have not met at {host}, port {port} ({first_line(error)})"
+            raise InputError(f"{said}: were all started, and does each machine reach the others on all ports?") from error
         raise InputError(f"port {port} is in use by another program: give torchrun another one, --master-port {int(port) + 1}") from error
 
 

@@ -1,5 +1,7 @@
 """The flags that ddp_train.py and fsdp_train.py have in common, and what is refused before any process is started."""
 
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -62,11 +64,21 @@ def check(args) -> None:
             f"-batch_size {args.batch_size} does not divide into {micro} equal micro-batches ({world_size(args)} processes x "
             f"-accumulate {args.accumulate}): give a multiple of {micro}"
         )
-    if not under_torchrun():
-        load_cifar10(args.data, args.batch_size)  # found or drawn once, before the processes are started
+    # found, fetched or drawn before a process waits for the others; under torchrun train() says which
+    with contextlib.redirect_stdout(io.StringIO()) if under_torchrun() else contextlib.nullcontext():
+        load_cifar10(args.data, args.batch_size)
     args.every = args.every or EVERY
     if args.checkpoint:
         check_file(args.checkpoint, args.resume)
+
+
+def refuse_differences(settings: dict) -> None:
+    """InputError in all processes where one has other settings than the first: they would train another network each, without a word."""
+    everybody = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, settings)
+    for rank, theirs in enumerate(everybody):
+        if other := [f"{key} {value} instead of {everybody[0][key]}" for key, value in theirs.items() if value != everybody[0][key]]:
+            raise InputError(f"rank {rank} has not what rank 0 has: {', '.join(other)}; start all with the same flags and data")
 
 
 def refuse_idle(args) -> None:

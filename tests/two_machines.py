@@ -1,6 +1,6 @@
 """Train on two machines, take one of them away in the middle, let it come back, and see that the job ends with the same bits.
 
-    sudo python tests/two_machines.py          about 3 minutes; Linux only
+    sudo .venv/bin/python tests/two_machines.py          about 3 minutes; Linux only
 
 The machines are two network namespaces of this one, joined by a virtual cable. Each has its own host name, hosts file, address and
 folder, so that nothing is shared but the network. torchrun starts one process on each. Killed means kill -9 to all processes of a
@@ -220,7 +220,7 @@ def check_end(a: Machine, b: Machine, said: str, parameters: str) -> None:
 
 def main(args) -> None:
     if sys.platform != "linux" or os.geteuid():
-        raise InputError("network namespaces need Linux and root: sudo python tests/two_machines.py")
+        raise InputError("network namespaces need Linux and root: sudo .venv/bin/python tests/two_machines.py")
     rng, begin = random.Random(args.seed), time.monotonic()
     with two_machines() as (a, b):
         parameters = undisturbed(a, b)
