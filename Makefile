@@ -1,4 +1,4 @@
-# make        set up .venv, run every exercise at small size on data it makes itself, name what was written
+# make        set up .venv, run the scripts of all exercises at small size on data it makes itself, name what was written
 # make test   set up .venv, run all tests
 # make lint   set up .venv, check style
 # Another Python: make PYTHON=python3.12     Fetch the real data sets: see README.md

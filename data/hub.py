@@ -41,7 +41,7 @@ def read_dataset(source: str) -> dict[str, tuple]:
     except Exception as error:  # the library raises its own classes of many modules
         refuse_full_disk(error)
         where = "no data set in this folder" if here else "no such folder, and not to be had from the hub"
-        raise InputError(f"-data {source}: {where} ({first_line(error)}); {hint}") from error
+        raise InputError(f"-data {source}: {where} ({first_line(reasons(error)[-1])}); {hint}") from error
     splits = {split: from_rows(found, split, source) for split in ("train", "test")}
     if (train := splits["train"][2]) != (test := splits["test"][2]):
         raise InputError(f"-data {source}: the classes of train are {', '.join(train)}, those of test {', '.join(test)}")
@@ -50,8 +50,14 @@ def read_dataset(source: str) -> dict[str, tuple]:
 
 def refuse_full_disk(error: Exception) -> None:
     """InputError where this is what a library, or the system below it, says of a full disk."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "enough disk space" in str(error):
-        raise InputError(f"the disk is full ({first_line(error)}): free some space and run again") from error
+    for reason in reasons(error):
+        if getattr(reason, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "enough disk space" in str(reason):
+            raise InputError(f"the disk is full ({first_line(reason)}): free some space and run again") from error
+
+
+def reasons(error: BaseException) -> list[BaseException]:
+    """The error, what it was raised from, and so on."""
+    return [error, *(reasons(error.__cause__) if error.__cause__ else [])]
 
 
 @functools.cache
@@ -97,7 +103,7 @@ def number_labels(rows, source: str) -> tuple[tuple[str, ...], torch.Tensor]:
     """The names of the classes, and the number of each row's, int64 (n,); the column may hold numbers from 0 on, others, or names."""
     values, names = list(rows["label"]), getattr(rows.features["label"], "names", None)
     if values and not isinstance(values[0], int | str | None):
-        raise InputError(f"-data {source}: the column label holds {values[0]!r:.40}, where numbers or names are expected")
+        raise InputError(f"-data {source}: the column label holds {values[0]!r:.40}, where whole numbers or names are expected")
     kinds = range(len(names)) if names else sorted({value for value in values if value is not None})
     number = {kind: place for place, kind in enumerate(kinds)}
     if unknown := [place for place, value in enumerate(values) if value not in number]:

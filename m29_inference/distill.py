@@ -20,6 +20,7 @@ alone, decides how long all train: up to the plateau of its loss at the full lea
 import argparse
 import inspect
 import itertools
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ from m29_inference.teacher import (
     share_logits,
 )
 from m29_inference.training import BATCH, hard_loss, say_convergence, train, training_file
+from paths import DATA, check_writable
 
 SMALL_WIDTHS = (16, 32, 64)  # 76,000: the student on the drawn sample, where that network is the teacher
 SAMPLE_EPOCHS = 4  # of the students on the drawn sample, which is learnt soon
@@ -123,7 +125,7 @@ def views_of(args, epochs: int | None) -> list[int]:
 
 
 def compare(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -> list[dict]:
-    """Students alone and distilled, seed by seed: a row each and one for the teacher; table, verdict and figures."""
+    """Students alone and distilled, seed by seed: a row each, one for the teacher, one for the gain; table, verdict and figures."""
     curves, views, key = {ALONE: [], DISTILLED: []}, None, f"{cache_folder(teacher, data['train']).name} {args.views}"
     for seed in args.seeds:
         student, rows = train_student(args, data, seed, epochs, None, key)
@@ -143,9 +145,10 @@ def compare(args, data: dict[str, Images], teacher: Teacher, epochs: int | None)
         for seed, rows in zip(args.seeds, runs, strict=True):
             last = {key: rows[-1][key] for key in ("accuracy", "train_s")}
             table.append({"model": model, "seed": seed, "epochs": epochs, **last, **cost[ALONE]})
-    say(table, curves)
+    table.append(say(table, curves))
     losses = {ALONE: hard_loss, DISTILLED: partial(mixed_loss, views=views, args=args)}
-    say_cost({model: training_step(args.widths, data["train"], args.device, loss_of=loss) for model, loss in losses.items()}, args.device)
+    steps = {model: training_step(args.widths, data["train"], args.device, loss_of=loss) for model, loss in losses.items()}
+    table[-1]["step_ratio"] = say_cost(steps, args.device)
     note = f"{len(args.seeds)} seeds, {len(data['train']):,} images of {data['train'].name}"
     save_figure(plot_curves(curves, table[0]["accuracy"]), __file__, "curves", args, note)
     save_figure(plot_knowledge(data["test"], answers, args.temperature), __file__, "knowledge", args, f"{len(answers):,} test images")
@@ -172,6 +175,9 @@ def sweep(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -
 def main(args) -> list[dict]:
     if under_torchrun() and args.teacher == "train":
         raise InputError("-teacher train: every process would train it anew; it answers fast, so run without torchrun")
+    if under_torchrun() and args.device.type == "cuda":
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    check_writable(DATA / "teacher_logits")
     pretrained = None if args.teacher == "train" else load_pretrained(args.teacher)
     args.views = args.views or ("once" if pretrained else "every_epoch")
     data = load_cifar10(args.data, BATCH)

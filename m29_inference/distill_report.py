@@ -46,8 +46,8 @@ def gain(differences: list[float]) -> tuple[float, float]:
     return statistics.mean(differences), T95[min(n - 1, len(T95)) - 1] * spread(differences) / n**0.5
 
 
-def say(table: list[dict], curves: dict[str, list]) -> None:
-    """Teacher, student alone, student distilled: mean and sd over the seeds; then whether the difference is one."""
+def say(table: list[dict], curves: dict[str, list]) -> dict:
+    """Teacher, student alone, student distilled: mean and sd over the seeds; then whether the difference is one, which is returned."""
     summary = [table[0] | {"seeds": None}]
     for model in curves:
         mine = [row for row in table if row["model"] == model]
@@ -58,20 +58,24 @@ def say(table: list[dict], curves: dict[str, list]) -> None:
     print()
     print_table([{key: row.get(key) for key in columns} for row in summary])
     pairs = list(zip(curves[DISTILLED], curves[ALONE], strict=True))
-    mean, half = gain([distilled[-1]["accuracy"] - alone[-1]["accuracy"] for distilled, alone in pairs])
+    differences = [distilled[-1]["accuracy"] - alone[-1]["accuracy"] for distilled, alone in pairs]
+    mean, half = gain(differences)
     # two seeds that differ by as many images say nothing about chance
     verdict = "better" if mean > half > 0 else "worse" if -mean > half > 0 else "cannot tell"
+    print(f"distillation, seed by seed: {', '.join(f'{difference * 100:+.2f}' for difference in differences)} points")
     print(f"distillation: {mean * 100:+.2f} points, 95 % interval {(mean - half) * 100:+.2f} to {(mean + half) * 100:+.2f}: {verdict}")
+    return {"model": f"{DISTILLED} less {ALONE}", "accuracy": mean, "accuracy_margin": half, "accuracy_by_seed": differences}
 
 
-def say_cost(steps: dict, device: torch.device) -> None:
-    """How long a distilled step of training takes, as a share of a plain one, both measured in turn."""
+def say_cost(steps: dict, device: torch.device) -> float:
+    """How many times as long as a plain step of training a distilled one takes, both measured in turn."""
     timings = measure_alternately(steps, device, STEP_ROUNDS)
     ratios = [own / other for own, other in zip(timings[DISTILLED].runs_ms, timings[ALONE].runs_ms, strict=True)]
     median, low, high = statistics.median(ratios), min(ratios), max(ratios)
     verdict = "longer" if low > 1 else "less" if high < 1 else "cannot tell"
     said = f"{low:.2f} to {high:.2f} in {STEP_ROUNDS} rounds in turn: {verdict}"
     print(f"a distilled step takes {median:.2f} times as long as a plain one ({said})")
+    return median
 
 
 def plot_curves(curves: dict[str, list], teacher: float) -> plt.Figure:

@@ -137,7 +137,7 @@ def pretrained_teacher(source: str, processor, classifier: nn.Module, data: Imag
 
 def match_classes(source: str, names: dict[int, str], data: Images) -> list[int]:
     """The teacher's output for each class of the data, by name; in its own order where it names them LABEL_0, LABEL_1 ..."""
-    classes = data.classes
+    classes, names = data.classes, {number: str(name) for number, name in names.items()}
     if len(names) != len(classes):
         raise InputError(f"-teacher {source} knows {len(names):,} classes, the data have {len(classes)}: give one fine-tuned on these data")
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names.values()):

@@ -35,7 +35,8 @@ MOST_EPOCHS = 200  # of a training to convergence; the networks here need 20 to 
 
 def fast_format(device: torch.device) -> dict:
     """Arguments for torch.autocast: bfloat16 where the device computes with it in hardware, float32 otherwise."""
-    cpu_capable = cpu_has("avx512_bf16") or cpu_has("bf16")  # the second on ARM
+    # the second on ARM, where PyTorch for macOS lacks the library that would use it
+    cpu_capable = cpu_has("avx512_bf16") or (cpu_has("bf16") and torch.backends.mkldnn.is_available())
     capable = cuda_has_bfloat16() if device.type == "cuda" else device.type == "cpu" and cpu_capable
     return {"device_type": device.type, "dtype": torch.bfloat16, "enabled": capable}
 
@@ -116,7 +117,7 @@ def train(network, data, epochs, seed, device, lr=LEARNING_RATE, loss_of=hard_lo
         if not math.isfinite(row["loss"]):
             bar.close()
             keep_memory(False)
-            raise InputError(f"the training failed, its loss is {row['loss']} in epoch {epoch + 1}: lower LEARNING_RATE in training.py")
+            raise InputError(f"the training failed, its loss is {row['loss']} in epoch {epoch + 1}: lower its LEARNING_RATE, {lr:g}")
         row["train_s"] = time.perf_counter() - begin + (rows[-1]["train_s"] if rows else 0)
         rows.append(row | ({"accuracy": accuracy(network, test, device)} if test else {}))
         bar.set_postfix(loss=f"{row['loss']:.3f}")

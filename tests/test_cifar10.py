@@ -191,8 +191,11 @@ def test_splits_with_other_classes_are_refused(images, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("Not enough disk space. Needed: 5 GB")])
-def test_a_full_disk_is_not_taken_for_a_folder_without_data(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_is_not_taken_for_a_folder_without_data(tmp_path, monkeypatch, error, wrapped):
     def fail(_):
+        if wrapped:  # as the library does while it prepares the data
+            raise RuntimeError("An error occurred while generating the dataset") from error
         raise error
 
     monkeypatch.setattr("datasets.load_dataset", fail)
@@ -255,7 +258,7 @@ def test_what_is_no_image_or_no_label_is_named(images, tmp_path):
         "image 1 cannot be read": ([{"bytes": whole.getvalue(), "path": None}, *[broken] * 9], list(range(10))),
         "image 0 cannot be read": ([[1, 2]] * 10, list(range(10))),
         "row 1 has the label None, which is none of the 1 classes": ([picture, picture], [0, None]),
-        r"the column label holds \[1\], where numbers or names are expected": ([picture, picture], [[1], [0]]),
+        r"the column label holds \[1\], where whole numbers or names are expected": ([picture, picture], [[1], [0]]),
     }
     for number, (said, (pictures, labels)) in enumerate(cases.items()):
         folder = tmp_path / str(number)

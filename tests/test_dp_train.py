@@ -87,7 +87,7 @@ def test_the_courses_two_lines_call_the_network_itself(batch):
 def test_the_bare_command_counts_bytes_and_says_nothing_about_dataparallels_speed(run_script, results):
     done = run_script(SCRIPT, "-quick")
     assert done.returncode == 0, done.stderr
-    assert "nn.DataParallel calls the network directly then; images/s above are one device's, not DataParallel's" in done.stdout
+    assert "nn.DataParallel calls the network directly; images/s above are one device's, not DataParallel's" in done.stdout
     assert "gradients differ from one device's by at most" in done.stdout
     rows = json.loads((results / "dp_train.json").read_text())["rows"]
     training, traced, *table = rows

@@ -23,6 +23,7 @@ from m29_inference.shrink import links, rank, shrink, silence
 from m29_inference.sparse_files import FORMATS, load_sparse, save_sparse
 from m29_inference.student import WIDTHS, copy_of
 from m29_inference.training import train
+from timing import Timing
 
 SCRIPT = "m29_inference/prune.py"
 CPU = torch.device("cpu")
@@ -333,6 +334,47 @@ def test_accuracy_over_sparsity(run_in_fork, results):
     assert "of the unpruned network after the same fine-tuning" in said and (results / "prune_accuracy.png").exists()
 
 
+def test_times_are_of_the_pruned_network_against_the_full_one(network, monkeypatch):
+    times = {"full": Timing([4.0, 4.0, 6.0]), "small": Timing([2.0, 1.0, 3.0])}
+    monkeypatch.setattr(prune_structured, "measure_alternately", lambda calls, *_, repeats: {name: times[name] for name in calls})
+    images = Images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), ("a",), "noise")
+    [row, _] = prune_structured.time_both(network, network, {"test": images})
+    assert row == {"batch": 1, "latency_ms": 2.0, "of_full": 0.5, "against_full": "2.00x full (2.00 to 4.00, faster)"}
+
+
+def test_times_of_csr_are_against_dense(monkeypatch):
+    times = {"dense": Timing([4.0, 4.0, 6.0]), "CSR": Timing([8.0, 16.0, 12.0])}
+    monkeypatch.setattr(prune_formats, "time_csr", lambda x, weight: times)
+    row, _ = prune_formats.time_linear(torch.Generator(), (0.9,))
+    assert (row["latency_ms"], row["x_dense"], row["against_dense"]) == (12.0, 0.5, "0.50x dense (0.25 to 0.50, slower)")
+
+
+def test_the_sensitivity_is_that_of_one_layer_at_a_time(network, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prune_structured, "accuracy", lambda small, data: seen.append([link.width for link in links(small)]) or 0.5)
+    rows = prune_structured.sensitivity(network, {"test": None})
+    whole = [link.width for link in links(network)]
+    assert [row["channels"] for row in rows] == [f"{width // 2} of {width}" for width in whole]
+    assert seen == [[width // 2 if place == cut_one else width for place, width in enumerate(whole)] for cut_one in range(len(whole))]
+
+
+def test_a_filter_of_zeros_is_not_a_silent_channel(network, capsys):
+    prune_structured.say_why_the_bias_counts(network)
+    found = re.search(
+        r"differ by (\S+) from those with the channels silent, by (\S+) from those with only their filters at 0", capsys.readouterr().out
+    )
+    assert float(found[1]) < 1e-5 and float(found[2]) > 100 * float(found[1])
+
+
+def test_what_can_go_is_told_by_half_a_point_and_one_and_a_half(capsys):
+    rows = [{"method": "unpruned", "sparsity": 0.0, "accuracy_tuned": 0.8}]
+    tuned = {(0.5, "one-shot"): 0.796, (0.8, "iterative"): 0.786, (0.9, "one-shot"): 0.784}
+    prune_accuracy.say([*rows, *({"method": method, "sparsity": share, "accuracy_tuned": its} for (share, method), its in tuned.items())])
+    half, more = capsys.readouterr().out.splitlines()
+    assert half.startswith("within 0.5 points") and half.endswith("50% of the weights, one-shot")
+    assert more.startswith("within 1.5 points") and more.endswith("80% of the weights, iterative")
+
+
 def test_formats(run_in_fork, results):
     said, rows = run(run_in_fork, results, "-formats")
     assert "bitmask: smaller than the dense file from" in said and "x no zeros (" in said and "x dense (" in said
@@ -345,6 +387,7 @@ def test_formats(run_in_fork, results):
 def test_whole_channels(run_in_fork, results):
     said, rows = run(run_in_fork, results, "-structured", "-epochs", "1")
     assert "half of stages.0.conv1's channels cut out: the logits differ by " in said
+    assert re.search(r"resnet18, half of the channels inside each block cut out: 0\.5\d of the multiplications are left", said)
     assert [row["macs_left"] <= 0.5 for row in rows if row["method"] == "structured"] == [False, False, True, True]
     assert len([row for row in rows if row["method"] == "half of one layer"]) == 6
     assert all((results / f"prune_{name}.png").exists() for name in ("structured", "layers"))
