@@ -216,6 +216,15 @@ def test_the_benchmark_measures_processes_against_threads(run_in_fork, tmp_path)
     assert Image.open(tmp_path / "ddp_train_speedup.png").size[0] > 1000
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("flags", [("-bf16",), ("-benchmark",)])
+def test_with_a_gpu_nccl_is_taken(run_script, tmp_path, flags):
+    done = run_script(SCRIPT, "-quick", *flags, COURSE_RESULTS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "ddp_train.json").read_text())
+    assert content["flags"]["backend"] == "nccl" and content["rows"][-1]["images_per_s"] > 0
+
+
 def test_the_benchmark_refuses_what_it_could_not_use(check_refusals):
     check_refusals(SCRIPT, {("-show",): (2, "argument -show: only -benchmark draws a picture")})
     idle = ("-benchmark", "-bf16", "-accumulate", "2", "-every", "5")

@@ -109,3 +109,13 @@ def test_what_cannot_work_is_said(check_refusals):
         (*SMALL, "-device_ids", "0", "1"): (1, "error: -device_ids 0: no CUDA device is in use here\n"),
     }
     check_refusals(SCRIPT, cases)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_with_gpus_dataparallel_is_timed_against_one(run_script, results):
+    done = run_script(SCRIPT, "-quick")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((results / "dp_train.json").read_text())["rows"]
+    timed = [row for row in rows if row["measured"] == "DataParallel"]
+    assert len(timed) == 3 and all(row["output_difference"] < 1e-3 and row["scatter_ms"] > 0 for row in timed)
+    assert len(timed[0]["peak_mb_by_gpu"]) == torch.cuda.device_count() and (results / "dp_train_steps.png").exists()
