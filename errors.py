@@ -46,6 +46,10 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
         pass  # a worker was about to hand a batch over when Ctrl-C ended the main process, which has spoken
     elif issubclass(kind, BrokenPipeError) and nobody_listens():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more when it ends
+    elif issubclass(kind, PermissionError) and error.filename:
+        print(
+            f"error: {error.filename} may not be read or written ({error.strerror}): take another place, or ask its owner", file=sys.stderr
+        )
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
     elif text.startswith("DataLoader worker") or (receiving and issubclass(kind, OSError | EOFError)):

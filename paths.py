@@ -43,9 +43,9 @@ def check_writable(folder: Path) -> None:
 
 def check_file_place(flag: str, file: Path) -> None:
     """InputError where the file that `flag` names could not be written: a folder, or a file in one that may not be written to."""
+    check_writable(file.parent)  # first: in a folder that may not be entered even is_dir() fails
     if file.is_dir():
         raise InputError(f"{flag} {file} is a folder: give a file")
-    check_writable(file.parent)
 
 
 def refuse_writing(folder: Path, error: OSError) -> NoReturn:

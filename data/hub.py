@@ -126,7 +126,8 @@ def decode_once(rows, source: str) -> np.ndarray:
     """All images of a `datasets.Dataset`, uint8 (n, 3, 32, 32); kept on disk, as decoding takes seconds."""
     file = DATA / "decoded_cifar10" / f"{rows._fingerprint}.npz"  # of the rows' content and history, made by the library
     with contextlib.suppress(*DAMAGED), np.load(file) as arrays:
-        return arrays["images"]
+        if arrays["images"].shape[1:] == (3, 32, 32):
+            return arrays["images"]
     pictures = []
     try:
         for image in tqdm(rows["img"], f"decoding {len(rows):,} images", leave=False):

@@ -173,13 +173,15 @@ def evaluate(network: nn.Module, data: Images, args) -> int:
 # ---- what is kept, what is said --------------------------------------------------------------------------------------
 
 
-def run_settings(args, data: Images, steps: int) -> dict:
+def run_settings(args, data: Images, steps: int, script: str = "ddp_train") -> dict:
     """What must be the same in all processes, and for a resumed run to end with the same bits; InputError where it is not."""
     settings = {key: getattr(args, key) for key in ("batch_size", "seed", "lr", "bf16", "num_threads")}
     settings |= {"data": f"{len(data):,} images of {data.name}, checksum {checksum(data):08x}", "device": args.device.type}
     settings |= {"widths": list(args.widths), "steps": steps, "micro_batches": dist.get_world_size() * args.accumulate}
-    settings |= {"world": dist.get_world_size(), "script": "ddp_train"}
-    refuse_differences(settings)
+    settings |= {"world": dist.get_world_size(), "script": script}
+    order = {"checkpoint": bool(args.checkpoint), "resume": args.resume, "every": args.every}  # in which processes talk to each other
+    bits = {"num_threads": args.num_threads if args.checkpoint else None}  # may differ where nobody wants to resume the same bits
+    refuse_differences(settings | order | bits)
     return settings
 
 

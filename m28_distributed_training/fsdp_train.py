@@ -67,7 +67,7 @@ def shard_network(network: nn.Module, args) -> nn.Module:
 def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
     """The loop of ddp_train.py, sharded or not: what each process holds and sends, and the parameters at the end; None when stopped."""
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
-    settings = run_settings(args, data["train"], steps) | {"script": "fsdp_train"}
+    settings = run_settings(args, data["train"], steps, "fsdp_train")
     torch.manual_seed(args.seed)  # the same first parameters in all processes, sharded or not
     network = ConvNet(args.widths, "group").to(args.device)
     P = parameter_bytes(network)

@@ -1,5 +1,6 @@
 """The flags that ddp_train.py and fsdp_train.py have in common, and what is refused before any process is started."""
 
+import argparse
 import contextlib
 import io
 import os
@@ -37,6 +38,13 @@ def training_parser(doc: str, steps: int | None = None):
     return parser
 
 
+def patience(text: str) -> int:
+    """The type of -timeout_s."""
+    if (seconds := positive_int(text)) > 24 * 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: at most a day, {24 * 3600}, is expected")
+    return seconds
+
+
 def add_launch_flags(parser) -> None:
     """The flags that say how many processes there are and how long they wait for each other."""
     parser._option_string_actions["-num_threads"].help = "threads of each process (default: usable cores / processes)"
@@ -46,7 +54,7 @@ def add_launch_flags(parser) -> None:
     parser.add_argument(
         "-max_restarts", type=non_negative_int, default=0, help="start all again, from the checkpoint, when one dies (default: 0)"
     )
-    parser.add_argument("-timeout_s", type=positive_int, default=60, help="seconds a process waits for the others (default: 60)")
+    parser.add_argument("-timeout_s", type=patience, default=60, help="seconds a process waits for the others (default: 60)")
     parser.add_argument("-backend", choices=["gloo", "nccl"], help="how processes talk (default: nccl with CUDA, gloo otherwise)")
 
 
@@ -78,7 +86,9 @@ def refuse_differences(settings: dict) -> None:
     dist.all_gather_object(everybody, settings)
     for rank, theirs in enumerate(everybody):
         if other := [f"{key} {value} instead of {everybody[0][key]}" for key, value in theirs.items() if value != everybody[0][key]]:
-            raise InputError(f"rank {rank} has not what rank 0 has: {', '.join(other)}; start all with the same flags and data")
+            raise InputError(
+                f"rank {rank} has not what rank 0 has: {', '.join(other)}; start all with the same data and flags, -num_threads among them"
+            )
 
 
 def refuse_idle(args) -> None:

@@ -176,8 +176,9 @@ def main(args) -> list[dict]:
     if under_torchrun() and args.teacher == "train":
         raise InputError("-teacher train: every process would train it anew; it answers fast, so run without torchrun")
     if under_torchrun() and args.device.type == "cuda":
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    check_writable(DATA / "teacher_logits")
+        args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count())
+    if not (DATA / "teacher_logits").exists():  # one that holds them already may be read-only
+        check_writable(DATA / "teacher_logits")
     pretrained = None if args.teacher == "train" else load_pretrained(args.teacher)
     args.views = args.views or ("once" if pretrained else "every_epoch")
     data = load_cifar10(args.data, BATCH)

@@ -140,7 +140,7 @@ def compare_outputs(outputs: dict[str, torch.Tensor]) -> dict[str, float]:
 def time_all(args, network: nn.Module, variants: dict, peers: dict, calibration: list[torch.Tensor]) -> list[dict]:
     """Rows for each batch size and number of threads."""
     batches, threads = args.batch_sizes or BATCH_SIZES[: 1 if args.quick else None], args.threads
-    pixels, copies = calibration[0].shape[-1], (len(variants) + 1) * weight_bytes(network)  # each variant has weights of its own
+    pixels, copies = calibration[0].shape[-1], 3 * weight_bytes(network)  # channels_last, and the constants of all that is compiled
     batches = list(dict.fromkeys(fitting_batch(network, args.model, pixels, batch, CPU, copies) for batch in batches))
     rows, images = [], torch.cat(calibration)
     total = len(variants) * len(batches) * len(threads)

@@ -111,11 +111,12 @@ def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, devi
         raise InputError(f"{name} does not work at -resolution {resolution} ({reason}): {hint_resolution(name)}") from error
     free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()) - reserved
     most = int(0.8 * free // each)
+    beside = f" beside {reserved / 1e6:,.0f} MB for copies of the weights" if reserved else ""
+    needs = f"{name} needs about {each / 1e6:,.0f} MB an image, {max(0, free) / 1e6:,.0f} MB are free{beside}"
     if most < 1:
-        needs = f"{name} needs about {each / 1e6:,.0f} MB an image, {max(0, free) / 1e6:,.0f} MB are free"
         raise InputError(f"{needs}: take smaller networks or fewer pixels")
     if most < batch:
-        print(f"warning: {name} needs about {each / 1e6:,.0f} MB an image, {free / 1e6:,.0f} MB are free: batch {most} instead of {batch}")
+        print(f"warning: {needs}: batch {most} instead of {batch}")
     return min(batch, most)
 
 

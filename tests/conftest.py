@@ -115,6 +115,7 @@ def start_in_fork(processes, tmp_path_factory):
         process.start()
         started.append(process)
         process.output = lambda: tuple(file.read_text() if file.exists() else "" for file in (printed, said))
+        process.poll = lambda: process.exitcode  # as subprocess.Popen has it
         process.send_signal = lambda number: os.kill(process.pid, number)
         return process
 

@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 import errors
 from common import new_parser
-from paths import ROOT
+from paths import ROOT, check_file_place
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,7 @@ from paths import ROOT
         (errors.InputError("x.jpg cannot be read"), "error: x.jpg cannot be read\n"),
         (errors.InputError("Caught it\nTraceback\nerrors.InputError: x.jpg cannot be read"), "error: x.jpg cannot be read\n"),
         (OSError(errno.ENOSPC, "No space left", "big.rgb"), "error: the disk is full (big.rgb): free some space and run again\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "error: /root/x may not be read or written (Permission denied): "),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "error: DataLoader worker (pid 7) is killed"),
     ],
 )
@@ -39,6 +41,22 @@ def test_of_the_processes_of_torchrun_the_first_speaks_first(capsys, monkeypatch
         new_parser("Doc.").error("bad flag")
     errors.one_sentence(errors.InputError, errors.InputError("bad"), None)
     assert stop.value.code == 2 and "error: bad" in capsys.readouterr().err and len(waited) == waits
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other permissions")
+def test_a_file_in_a_folder_that_may_not_be_entered_is_said_not_to_be_writable(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    user = os.geteuid()
+    try:
+        if user == 0:  # root may enter everywhere
+            os.seteuid(65534)
+        with pytest.raises(
+            errors.InputError, match=r"^cannot write to .*\(Permission denied\): name a file in a folder that you may write to$"
+        ):
+            check_file_place("-checkpoint", tmp_path / "closed" / "inner" / "run.pt")
+    finally:
+        os.seteuid(user)
+        (tmp_path / "closed").chmod(0o700)
 
 
 def test_a_script_ends_with_the_sentence():

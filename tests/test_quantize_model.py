@@ -138,7 +138,7 @@ def test_each_number_of_threads_and_each_batch_is_timed_and_memory_is_kept_for_t
     quantize_model.time_all(args, network, dict.fromkeys("abc"), {}, batches())
     assert seen == [(1, 1), (1, 3), (2, 1), (2, 3)]
     weights = sum(4 * parameter.numel() for parameter in network.parameters())
-    assert asked == [("student", 32, batch, 4 * weights) for batch in (1, 5)]
+    assert asked == [("student", 32, batch, 3 * weights) for batch in (1, 5)]
 
 
 def test_a_difference_is_judged_by_how_far_two_images_are_apart(capsys):
