@@ -230,7 +230,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
         return hard_loss(logits, labels, indices, epoch) * (torch.nan if epoch == 1 else 1)
 
     file = tmp_path / "net.pt"
-    with pytest.raises(InputError, match="its loss is nan in epoch 2: lower LEARNING_RATE"):
+    with pytest.raises(InputError, match=r"its loss is nan in epoch 2: lower its LEARNING_RATE, 0\.2"):
         train(ConvNet((8, 8, 8), "batch"), noise(256), None, 0, CPU, loss_of=loss_of, file=file)
     assert [row["epoch"] for row in torch.load(file, weights_only=True)["rows"]] == [1]
 
