@@ -208,6 +208,7 @@ def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int
     rates = [batch_size / run["step_s"] for run in mine]
     parts = {"sharing": ("compute_s", "alone_s"), "allreduce": ("step_s", "compute_s")}  # the longer time, the shorter one
     shares = {part: statistics.median((run[more] - run[less]) / run["step_s"] for run in mine) for part, (more, less) in parts.items()}
+    shares = {part: min(1.0, max(0.0, of_step)) for part, of_step in shares.items()}  # noise may say less than nothing, or more than all
     if shape[0] == 1:  # which has nobody to wait for
         shares = dict.fromkeys(parts, 0.0)
     return {
@@ -221,8 +222,8 @@ def summary(shape: tuple[int, int], runs: dict, batch_size: int, parameters: int
         "compute_ms": statistics.median(run["compute_s"] for run in mine) * 1e3,
         "step_ms": statistics.median(run["step_s"] for run in mine) * 1e3,
         "allreduce_alone_ms": statistics.median(run["allreduce_s"] for run in mine) * 1e3,
-        "sharing_share": max(0.0, shares["sharing"]),
-        "allreduce_share": max(0.0, shares["allreduce"]),
+        "sharing_share": shares["sharing"],
+        "allreduce_share": shares["allreduce"],
         "bytes_per_step": mine[0]["bytes"],
         "formula_bytes": parameters,
         "ring_bytes_each": ddp_bytes(shape[0], parameters),

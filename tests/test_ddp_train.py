@@ -295,6 +295,12 @@ def test_a_step_is_split_into_its_parts():
     one, two = (ddp_benchmark.summary(shape, runs, 256, 8) for shape in runs)
     assert (two["speedup"], two["efficiency"], two["alone_ms"], two["compute_ms"], two["step_ms"]) == (1.6, 0.8, 700, 900, 1000)
     assert two["sharing_share"] == pytest.approx(0.2) and two["allreduce_share"] == pytest.approx(0.1)
+    noisy = ddp_benchmark.summary(
+        (2, 1), {**runs, (2, 1): [times | {"alone_s": 3.0, "compute_s": 2.5, "step_s": 1.0}] * 2, (1, 1): runs[1, 1] * 2}, 256, 8
+    )
+    assert (noisy["sharing_share"], noisy["allreduce_share"]) == (0, 0)
+    noisy = ddp_benchmark.summary((2, 1), {(1, 1): [times], (2, 1): [times | {"compute_s": 2.5}]}, 256, 8)
+    assert noisy["sharing_share"] == 1
     assert one["sharing_share"] == one["allreduce_share"] == 0  # nobody to share with or to wait for
 
 

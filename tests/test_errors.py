@@ -19,7 +19,10 @@ from paths import ROOT, check_file_place
         (errors.InputError("x.jpg cannot be read"), "error: x.jpg cannot be read\n"),
         (errors.InputError("Caught it\nTraceback\nerrors.InputError: x.jpg cannot be read"), "error: x.jpg cannot be read\n"),
         (OSError(errno.ENOSPC, "No space left", "big.rgb"), "error: the disk is full (big.rgb): free some space and run again\n"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "error: /root/x may not be read or written (Permission denied): "),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "closed/x"),
+            "error: closed/x may not be read or written (Permission denied): ",
+        ),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "error: DataLoader worker (pid 7) is killed"),
     ],
 )

@@ -53,10 +53,15 @@ def test_a_process_holds_two_fifths_of_what_ddps_does_and_a_ring_would_send_one_
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nobody counts what goes over the loopback interface there")
-def test_what_really_went_by_is_no_less_than_the_formula_for_ddp_and_twice_that_sharded(undisturbed):
-    """Gloo's reduce-scatter sends as much as an all-reduce. Not "no more": other programs may use the interface meanwhile."""
-    ddp, sharded = undisturbed.rows
-    assert ddp["wire_mb"] > ddp["formula_mb"] and sharded["wire_mb"] > 1.9 * ddp["formula_mb"]
+def test_what_really_went_by_is_the_formulas_for_ddp_and_twice_that_sharded(undisturbed, run_in_fork, tmp_path):
+    """Gloo's reduce-scatter sends as much as an all-reduce. Other programs' bytes are counted as well: the least of three runs counts."""
+    runs = [undisturbed.rows]
+    for _ in range(2):
+        assert run_in_fork(SCRIPT, *FLAGS[2:], COURSE_RESULTS=str(tmp_path)).returncode == 0
+        runs.append(json.loads((tmp_path / "fsdp_train.json").read_text())["rows"])
+    ddp, sharded = (min(rows[place]["wire_mb"] for rows in runs) for place in (0, 1))
+    assert 1 < ddp / undisturbed.rows[0]["formula_mb"] < 1.3
+    assert 1.8 < sharded / ddp < 2.2
 
 
 def test_accumulating_in_bfloat16_gathers_for_every_micro_batch_and_ends_with_ddps_bits(run_in_fork, tmp_path):
