@@ -117,12 +117,14 @@ def augment(images: torch.Tensor, indices: torch.Tensor, seed: int, epoch: int, 
     """
     draws = np.random.default_rng([seed, epoch, 1]).integers(0, 50, n)[indices.numpy()]  # 5 x 5 shifts, flipped or not
     down, right, flip = (torch.from_numpy(part).to(images.device) for part in (draws // 5 % 5, draws % 5, draws // 25))
-    padded = nn.functional.pad(images.float(), (2, 2, 2, 2), mode="reflect").to(images.dtype)  # (n, 3, 36, 36)
     places = torch.arange(32, device=images.device)
-    rows = down[:, None] + places  # (n, 32)
-    columns = right[:, None] + torch.where(flip[:, None] == 1, places.flip(0), places)
+    mirrored = torch.cat([places[1:3].flip(0), places, places[29:31].flip(0)])  # 2 1 0 1 2 ... 30 31 30 29
+    rows = mirrored[down[:, None] + places]  # (n, 32)
+    columns = mirrored[right[:, None] + torch.where(flip[:, None] == 1, places.flip(0), places)]
     picked = torch.arange(len(images), device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[picked, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    pixels = (picked * 32 + rows[:, :, None]) * 32 + columns[:, None, :]  # (n, 32, 32): which of all the n x 1024 pixels
+    colours = images.permute(0, 2, 3, 1).reshape(-1, 3).index_select(0, pixels.flatten())
+    return colours.view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
