@@ -72,5 +72,9 @@ class _Timer:
 def times_as_fast(runs_ms: list[float], their_runs_ms: list[float], name: str) -> str:
     """How many times as fast as what is called `name`: median and range of the rounds, in each of which both were measured."""
     ratios = [their / own for their, own in zip(their_runs_ms, runs_ms, strict=True)]
-    verdict = "faster" if min(ratios) > 1 else "slower" if max(ratios) < 1 else "cannot tell"
-    return f"{statistics.median(ratios):.2f}x {name} ({min(ratios):.2f} to {max(ratios):.2f}, {verdict})"
+    return f"{statistics.median(ratios):.2f}x {name} ({min(ratios):.2f} to {max(ratios):.2f}, {verdict(ratios, 'faster', 'slower')})"
+
+
+def verdict(ratios: list[float], above: str, below: str) -> str:
+    """What the ratios of all rounds say: `above` where each is more than 1, `below` where each is less; else nothing."""
+    return above if min(ratios) > 1 else below if max(ratios) < 1 else "cannot tell"

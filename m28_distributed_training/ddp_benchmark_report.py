@@ -4,6 +4,8 @@ import statistics
 
 import matplotlib.pyplot as plt
 
+from timing import verdict
+
 ENOUGH = 5  # rounds for a verdict: that all of them are on one side of 1 by chance is one in 16
 
 
@@ -25,9 +27,8 @@ def say(rows: list[dict]) -> None:
     threaded = rows[-1]
     if threaded is not best and threaded["efficiency"] is None:
         ratios = [mine / theirs for mine, theirs in zip(best["runs_speedup"], threaded["runs_speedup"], strict=True)]
-        verdict = "faster" if min(ratios) > 1 else "slower" if max(ratios) < 1 else "cannot tell"
-        verdict = verdict if len(ratios) >= ENOUGH else f"{len(ratios)} rounds cannot tell"
-        said = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), {verdict}"
+        judged = verdict(ratios, "faster", "slower") if len(ratios) >= ENOUGH else f"{len(ratios)} rounds cannot tell"
+        said = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), {judged}"
         print(f"{best['processes']} processes of {best['threads']} threads against one of {threaded['threads']} threads: {said}")
 
 

@@ -14,7 +14,7 @@ from cifar10 import Images
 from common import print_table
 from m29_inference.macs import gmacs
 from m29_inference.sparse_files import save_sparse
-from timing import measure_alternately, spread
+from timing import measure_alternately, spread, verdict
 
 ALONE, DISTILLED = "student", "student + KD"
 COLOURS = {ALONE: "tab:grey", DISTILLED: "tab:blue"}
@@ -61,9 +61,9 @@ def say(table: list[dict], curves: dict[str, list]) -> dict:
     differences = [distilled[-1]["accuracy"] - alone[-1]["accuracy"] for distilled, alone in pairs]
     mean, half = gain(differences)
     # two seeds that differ by as many images say nothing about chance
-    verdict = "better" if mean > half > 0 else "worse" if -mean > half > 0 else "cannot tell"
+    judged = "better" if mean > half > 0 else "worse" if -mean > half > 0 else "cannot tell"
     print(f"distillation, seed by seed: {', '.join(f'{difference * 100:+.2f}' for difference in differences)} points")
-    print(f"distillation: {mean * 100:+.2f} points, 95 % interval {(mean - half) * 100:+.2f} to {(mean + half) * 100:+.2f}: {verdict}")
+    print(f"distillation: {mean * 100:+.2f} points, 95 % interval {(mean - half) * 100:+.2f} to {(mean + half) * 100:+.2f}: {judged}")
     return {"model": f"{DISTILLED} less {ALONE}", "accuracy": mean, "accuracy_margin": half, "accuracy_by_seed": differences}
 
 
@@ -72,8 +72,7 @@ def say_cost(steps: dict, device: torch.device) -> float:
     timings = measure_alternately(steps, device, STEP_ROUNDS)
     ratios = [own / other for own, other in zip(timings[DISTILLED].runs_ms, timings[ALONE].runs_ms, strict=True)]
     median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-    verdict = "longer" if low > 1 else "less" if high < 1 else "cannot tell"
-    said = f"{low:.2f} to {high:.2f} in {STEP_ROUNDS} rounds in turn: {verdict}"
+    said = f"{low:.2f} to {high:.2f} in {STEP_ROUNDS} rounds in turn: {verdict(ratios, 'longer', 'less')}"
     print(f"a distilled step takes {median:.2f} times as long as a plain one ({said})")
     return median
 
