@@ -29,6 +29,7 @@ def let_the_first_speak(number: int | None = None) -> None:
     `number` of this process; without it torchrun's on this machine.
     """
     if number or (number is None and under_torchrun() and os.environ.get("LOCAL_RANK", "0") != "0"):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends it; a training only takes note
         time.sleep(3)  # longer than it takes torchrun, and launch.py, to end the others
 
 

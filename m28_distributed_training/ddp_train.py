@@ -87,11 +87,12 @@ def train(args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        if reports.due(step) or step + 1 == steps:
+        due = (step + 1) % args.every == 0 or step + 1 == steps
+        if step >= reports.next or due:
             mean_loss, stopped = reports.agree(step)  # distributed
             bar.set_postfix(loss=f"{mean_loss:.3f}")
         clock = clock or time.perf_counter()  # after the first step, in which memory is asked for; agree() has waited for a GPU
-        if args.checkpoint and ((step + 1) % args.every == 0 or stopped or step + 1 == steps):
+        if args.checkpoint and (due or stopped):
             kept = save_checkpoint(args.checkpoint, {"step": step + 1, "settings": settings, **state_of(network, optimizer, scheduler)})
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
@@ -134,17 +135,16 @@ class Reports:
         self.clock, self.before, self.next = time.perf_counter(), None, 0  # when and after which step they last agreed, when they will
         self.losses = collections.deque(maxlen=REPORT_STEPS * args.accumulate)  # of the last steps, one for each micro-batch
 
-    def due(self, step: int) -> bool:
-        return step >= self.next
-
     def agree(self, step: int) -> tuple[float, bool]:
-        """The mean loss of all processes in the last steps, and whether any of them was told to stop: all know the same afterwards."""
+        """The last steps' mean loss in all processes, and whether any was told to stop; InputError when the loss is no number any more."""
         loss = torch.stack(list(self.losses)).mean().item() * self.args.accumulate  # item() waits for a GPU
         now = time.perf_counter()
         seconds = (now - self.clock) / (1 if self.before is None else step - self.before)  # a step
         ours = torch.tensor([loss, len(self.stop), seconds], device=self.args.device)
         dist.all_reduce(ours)
         loss, stops, seconds = (ours / dist.get_world_size()).tolist()
+        if not ours[0].isfinite():  # before a checkpoint of that is written over a good one
+            raise InputError(f"the training failed, its loss is {loss} after step {step + 1}: lower its -lr, {self.args.lr:g}")
         self.clock, self.before, self.next = now, step, step + max(1, min(REPORT_STEPS, int(REPORT_S / seconds)))
         return loss, stops > 0
 

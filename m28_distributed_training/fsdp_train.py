@@ -94,10 +94,11 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
         held, wire = held or held_bytes(model, optimizer, sent), wire or on_loopback()  # after the first step
         optimizer.zero_grad()
         scheduler.step()
-        if reports.due(step) or step + 1 == steps:
+        due = (step + 1) % args.every == 0 or step + 1 == steps
+        if step >= reports.next or due:
             mean_loss, stopped = reports.agree(step)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
-        if shard and args.checkpoint and ((step + 1) % args.every == 0 or stopped or step + 1 == steps):
+        if shard and args.checkpoint and (due or stopped):
             kept = save(args, step + 1, settings, model, optimizer, scheduler)
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")

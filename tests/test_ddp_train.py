@@ -350,7 +350,7 @@ def test_processes_agree_soon_enough_for_a_job_system(alone, monkeypatch):
         for step in range(24):
             now[0] += seconds
             reports.losses.extend(torch.tensor([step / 2, step / 2]))
-            if reports.due(step):
+            if step >= reports.next:
                 agreed.append(step)
                 loss, stopped = reports.agree(step)
                 assert not stopped and loss == sum(range(max(0, step - 9), step + 1)) / min(10, step + 1)  # of the last ten steps
@@ -646,6 +646,28 @@ def test_a_run_that_cannot_resume_ends_with_one_sentence_and_leaves_the_file(sav
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: -checkpoint {saved.file} belongs to another run: ") and done.stderr.count("\n") == 1
     assert saved.file.read_bytes() == before
+
+
+@pytest.mark.parametrize("script", ["ddp_train.py", "fsdp_train.py"])
+def test_a_training_that_diverges_ends_with_a_sentence_and_its_last_good_checkpoint_stays(run_in_fork, tmp_path, script):
+    """The first step makes the parameters huge, the second has no finite loss any more."""
+    file = tmp_path / "run.pt"
+    flags = ("-quick", "-nproc", "2", "-num_threads", "1", "-lr", "1e30", "-checkpoint", file, "-every", "1", "-max_restarts", "1")
+    done = run_in_fork(f"m28_distributed_training/{script}", *flags)
+    assert done.returncode == 1 and "starting all processes again" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and re.search("the training failed, its loss is (nan|inf) after step 2: lower its -lr, 1e[+]30", said[0])
+    state = torch.load(file, weights_only=True)
+    assert state["step"] == 1 and all(parameter.isfinite().all() for parameter in state["model"].values())
+
+
+@posix
+def test_under_torchrun_one_process_says_that_the_training_diverged():
+    """torchrun ends the other one by SIGTERM, which a training otherwise only takes note of."""
+    torchrun = (sys.executable, torch_run.__file__, "--standalone", "--nproc-per-node", "2")
+    flags = ("-quick", "-num_threads", "1", "-lr", "1e30")
+    done = subprocess.run([*torchrun, str(ROOT / SCRIPT), *flags], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 1 and done.stderr.count("error: the training failed") == 1
 
 
 def full_disk(*_, **__):
