@@ -137,6 +137,12 @@ def cpu_has(feature: str) -> bool:
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get(feature, False))
 
 
+def computes_with(device: torch.device) -> str:
+    """What the last bits of a result depend on beside program and input: processor and its widest instructions, GPU, version of torch."""
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    return f"{gpu}{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}"
+
+
 def machine_facts(device: torch.device) -> dict:
     """What a reader needs to judge a figure: processor, cores, memory, operating system, accelerator."""
     return {

@@ -16,10 +16,10 @@ augmentation are a pure function of (seed, epoch, index). Lines that make one tr
 import collections
 import contextlib
 import hashlib
+import math
 import signal
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from common import parse, print_table, save_results
 from errors import InputError, under_torchrun
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
 from m28_distributed_training.launch import launch, print0, said_once
-from m28_distributed_training.training_flags import check, refuse_differences, training_parser
+from m28_distributed_training.training_flags import check, run_settings, training_parser
 
 REPORT_STEPS, REPORT_S = 10, 5  # from one global loss to the next at most so many steps, and about so many seconds; so is SIGTERM noticed
 # Flags that -benchmark does not look at.
@@ -89,7 +89,7 @@ def train(args) -> None:
         scheduler.step()
         due = (step + 1) % args.every == 0 or step + 1 == steps
         if step >= reports.next or due:
-            mean_loss, stopped = reports.agree(step)  # distributed
+            mean_loss, stopped = reports.agree(step, network.parameters())  # distributed
             bar.set_postfix(loss=f"{mean_loss:.3f}")
         clock = clock or time.perf_counter()  # after the first step, in which memory is asked for; agree() has waited for a GPU
         if args.checkpoint and (due or stopped):
@@ -135,16 +135,22 @@ class Reports:
         self.clock, self.before, self.next = time.perf_counter(), None, 0  # when and after which step they last agreed, when they will
         self.losses = collections.deque(maxlen=REPORT_STEPS * args.accumulate)  # of the last steps, one for each micro-batch
 
-    def agree(self, step: int) -> tuple[float, bool]:
-        """The last steps' mean loss in all processes, and whether any was told to stop; InputError when the loss is no number any more."""
+    def agree(self, step: int, parameters) -> tuple[float, bool]:
+        """The mean loss of all processes in the last steps, and whether any of them was told to stop: all know the same afterwards.
+
+        InputError when the loss, or one of this process's `parameters`, is no finite number any more: a checkpoint of that would be
+        written over a good one.
+        """
         loss = torch.stack(list(self.losses)).mean().item() * self.args.accumulate  # item() waits for a GPU
         now = time.perf_counter()
         seconds = (now - self.clock) / (1 if self.before is None else step - self.before)  # a step
-        ours = torch.tensor([loss, len(self.stop), seconds], device=self.args.device)
+        broken = not all(parameter.isfinite().all() for parameter in parameters)
+        ours = torch.tensor([loss, len(self.stop), seconds, broken], device=self.args.device)
         dist.all_reduce(ours)
-        loss, stops, seconds = (ours / dist.get_world_size()).tolist()
-        if not ours[0].isfinite():  # before a checkpoint of that is written over a good one
-            raise InputError(f"the training failed, its loss is {loss} after step {step + 1}: lower its -lr, {self.args.lr:g}")
+        loss, stops, seconds, broken = (ours / dist.get_world_size()).tolist()
+        if broken or not math.isfinite(loss):
+            found = f"{'not all parameters are' if broken else f'the loss, {loss}, is not'} finite after step {step + 1}"
+            raise InputError(f"the training failed, {found}: lower its -lr, {self.args.lr:g}")
         self.clock, self.before, self.next = now, step, step + max(1, min(REPORT_STEPS, int(REPORT_S / seconds)))
         return loss, stops > 0
 
@@ -171,23 +177,6 @@ def evaluate(network: nn.Module, data: Images, args) -> int:
 
 
 # ---- what is kept, what is said --------------------------------------------------------------------------------------
-
-
-def run_settings(args, data: Images, steps: int, script: str = "ddp_train") -> dict:
-    """What must be the same in all processes, and for a resumed run to end with the same bits; InputError where it is not."""
-    settings = {key: getattr(args, key) for key in ("batch_size", "seed", "lr", "bf16", "num_threads")}
-    settings |= {"data": f"{len(data):,} images of {data.name}, checksum {checksum(data):08x}", "device": args.device.type}
-    settings |= {"widths": list(args.widths), "steps": steps, "micro_batches": dist.get_world_size() * args.accumulate}
-    settings |= {"world": dist.get_world_size(), "script": script}
-    order = {"checkpoint": bool(args.checkpoint), "resume": args.resume, "every": args.every}  # in which processes talk to each other
-    bits = {"num_threads": args.num_threads if args.checkpoint else None}  # may differ where nobody wants to resume the same bits
-    refuse_differences(settings | order | bits)
-    return settings
-
-
-def checksum(data: Images) -> int:
-    """Of images and labels: another order of the images, or other numbers of the classes, makes another run."""
-    return zlib.crc32(data.labels.numpy(), zlib.crc32(data.images.numpy()))
 
 
 def state_of(network, optimizer, scheduler) -> dict:

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normalize
-from common import new_parser, non_negative_int, parse, positive_int, positive_number, print_table, save_figure, save_results
+from common import new_parser, non_negative_int, parse, positive_int, print_table, save_figure, save_results
 from errors import InputError
 from m28_distributed_training.dp_timing import plot_steps, time_on_gpus
 from m28_distributed_training.traffic import dp_bytes, parameter_bytes, plot_traffic, traffic_table
+from m28_distributed_training.training_flags import learning_rate
 
 NO_GPU = "no CUDA device is in use here"
 
@@ -187,7 +188,7 @@ if __name__ == "__main__":
     flag("-steps", type=positive_int, default=78, help="training steps (default: 78, once over the sample)")
     flag("-batch_size", type=positive_int, default=128, help="images a step (default: 128)")
     flag("-widths", type=positive_int, nargs=3, default=[32, 64, 128], help="channels of the three stages (default: 32 64 128)")
-    flag("-lr", type=positive_number, default=0.001, help="highest learning rate of the schedule (default: 0.001)")
+    flag("-lr", type=learning_rate, default=0.001, help="highest learning rate of the schedule (default: 0.001)")
     args = parse(parser)
     rows = main(args)
     save_results(__file__, args, rows)

@@ -30,17 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from cifar10 import ConvNet, load_cifar10
 from common import parse, print_table, save_results
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
-from m28_distributed_training.ddp_train import (
-    Reports,
-    catch_sigterm,
-    evaluate,
-    fingerprint,
-    micro_batches,
-    run_settings,
-)
+from m28_distributed_training.ddp_train import Reports, catch_sigterm, evaluate, fingerprint, micro_batches
 from m28_distributed_training.launch import launch, print0, said_once, several_machines
 from m28_distributed_training.traffic import BytesSent, ddp_bytes, fsdp_bytes, on_loopback, parameter_bytes
-from m28_distributed_training.training_flags import check, training_parser
+from m28_distributed_training.training_flags import check, run_settings, training_parser
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process collects the parts, the others get nothing
 STEPS = 40  # where neither -steps nor -epochs says how many
@@ -96,7 +89,7 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
         scheduler.step()
         due = (step + 1) % args.every == 0 or step + 1 == steps
         if step >= reports.next or due:
-            mean_loss, stopped = reports.agree(step)
+            mean_loss, stopped = reports.agree(step, [local(parameter) for parameter in model.parameters()])
             bar.set_postfix(loss=f"{mean_loss:.3f}")
         if shard and args.checkpoint and (due or stopped):
             kept = save(args, step + 1, settings, model, optimizer, scheduler)

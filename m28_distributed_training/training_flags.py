@@ -1,21 +1,26 @@
-"""The flags that ddp_train.py and fsdp_train.py have in common, and what is refused before any process is started."""
+"""The flags that ddp_train.py and fsdp_train.py have in common, and what is refused before a step is taken."""
 
 import argparse
 import contextlib
 import io
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import load_cifar10
+from cifar10 import Images, load_cifar10
 from common import new_parser, non_negative_int, positive_int, positive_number
 from errors import InputError, under_torchrun
 from m28_distributed_training.checkpoint import EVERY, add_checkpoint_flags, check_file
 from m28_distributed_training.launch import local_processes, world_size
+from machine import computes_with
+
+FASTEST = 1e30  # learning rate: beyond it a step overflows before the optimizer could take it
+BITS = ("num_threads", "machine")  # decide the last bits only: they may differ where no checkpoint is kept
 
 
 def training_parser(doc: str, steps: int | None = None):
@@ -31,11 +36,18 @@ def training_parser(doc: str, steps: int | None = None):
     flag("-accumulate", type=positive_int, default=1, help="micro-batches a process before each all-reduce (default: 1)")
     flag("-micro_batches", type=positive_int, help="instead: micro-batches a step of all processes, however many they are just now")
     flag("-widths", type=positive_int, nargs=3, default=[32, 64, 128], help="channels of the three stages (default: 32 64 128)")
-    flag("-lr", type=positive_number, default=0.001, help="highest learning rate of the schedule (default: 0.001)")
+    flag("-lr", type=learning_rate, default=0.001, help="highest learning rate of the schedule (default: 0.001)")
     flag("-bf16", action="store_true", help="compute in bfloat16 where it is safe (autocast)")
     add_launch_flags(parser)
     add_checkpoint_flags(parser)
     return parser
+
+
+def learning_rate(text: str) -> float:
+    """The type of -lr."""
+    if (number := positive_number(text)) > FASTEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a number of at most {FASTEST:g} is expected, and better far below 1")
+    return number
 
 
 def patience(text: str) -> int:
@@ -80,12 +92,29 @@ def check(args) -> None:
         check_file(args.checkpoint, args.resume)
 
 
+def run_settings(args, data: Images, steps: int, script: str = "ddp_train") -> dict:
+    """What must be the same in all processes, and for a resumed run to end with the same bits; InputError where it is not."""
+    settings = {key: getattr(args, key) for key in ("batch_size", "seed", "lr", "bf16", "num_threads")}
+    settings |= {"data": f"{len(data):,} images of {data.name}, checksum {checksum(data):08x}", "device": args.device.type}
+    settings |= {"widths": list(args.widths), "steps": steps, "micro_batches": dist.get_world_size() * args.accumulate}
+    settings |= {"world": dist.get_world_size(), "script": script, "machine": computes_with(args.device)}
+    order = {"checkpoint": bool(args.checkpoint), "resume": args.resume, "every": args.every}  # in which processes talk to each other
+    refuse_differences(settings | order)
+    return settings
+
+
+def checksum(data: Images) -> int:
+    """Of images and labels: another order of the images, or other numbers of the classes, makes another run."""
+    return zlib.crc32(data.labels.numpy(), zlib.crc32(data.images.numpy()))
+
+
 def refuse_differences(settings: dict) -> None:
     """InputError in all processes where one has other settings than the first: they would train another network each, without a word."""
     everybody = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, settings)
+    keys = [key for key in settings if key not in BITS or all(theirs["checkpoint"] for theirs in everybody)]
     for rank, theirs in enumerate(everybody):
-        if other := [f"{key} {value} instead of {everybody[0][key]}" for key, value in theirs.items() if value != everybody[0][key]]:
+        if other := [f"{key} {theirs[key]} instead of {everybody[0][key]}" for key in keys if theirs[key] != everybody[0][key]]:
             raise InputError(
                 f"rank {rank} has not what rank 0 has: {', '.join(other)}; start all with the same data and flags, -num_threads among them"
             )

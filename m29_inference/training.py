@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import MEAN, STD, ConvNet, Images, Stage, augment, epoch_order, normalization, normalize
-from cpu_topology import cpu_name
 from errors import InputError
 from m29_inference import network as networks
-from machine import cpu_has, keep_memory
+from machine import computes_with, cpu_has, keep_memory
 from paths import DAMAGED, DATA, atomic_path, check_zip, display_path
 
 CPU = torch.device("cpu")
@@ -152,7 +151,7 @@ RECIPE = [inspect.getsource(part) for part in PARTS]  # read now, for the files 
 def training_file(data: dict[str, Images], device: torch.device, *key) -> Path:
     """Where a training on these images, with what else there is to say of it in `key`, is kept."""
     constants = (BATCH, LEARNING_RATE, PLATEAU, MOST_EPOCHS, MEAN.tolist(), STD.tolist(), fast_format(device), torch.get_num_threads())
-    constants += (torch.__version__, cpu_name(), torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    constants += (device.type, computes_with(device))
     digest = hashlib.sha256(repr((RECIPE, constants, key)).encode())
     for part in data.values():
         digest.update(part.images.numpy())

@@ -352,12 +352,14 @@ def test_processes_agree_soon_enough_for_a_job_system(alone, monkeypatch):
             reports.losses.extend(torch.tensor([step / 2, step / 2]))
             if step >= reports.next:
                 agreed.append(step)
-                loss, stopped = reports.agree(step)
+                loss, stopped = reports.agree(step, [torch.ones(2)])
                 assert not stopped and loss == sum(range(max(0, step - 9), step + 1)) / min(10, step + 1)  # of the last ten steps
         assert agreed[0] == 0 and {later - earlier for earlier, later in itertools.pairwise(agreed)} == {gap}
     reports.stop.append(True)
     now[0] += 1
-    assert reports.agree(24)[1]
+    assert reports.agree(24, [])[1]
+    with pytest.raises(InputError, match="the training failed, not all parameters are finite after step 26: lower its -lr"):
+        reports.agree(25, [torch.ones(2), torch.tensor([1, float("inf")])])
 
 
 @pytest.mark.parametrize("train", [ddp_train.train, fsdp_train.train])
@@ -606,6 +608,28 @@ def test_what_other_flags_would_change_is_among_the_settings(saved, key, flags):
         checkpoint.load_checkpoint(saved.file, settings)
 
 
+@pytest.mark.parametrize("change", [(torch, "__version__", "9.9"), (torch.backends.cpu, "get_cpu_capability", lambda: "another")])
+def test_on_another_kind_of_processor_or_torch_a_checkpoint_is_refused(saved, monkeypatch, change):
+    """Its sums have another order, so the run would end with other bits."""
+    monkeypatch.setattr(*change)
+    settings = ddp_train.run_settings(saved.args, noise()[1], 40)
+    with pytest.raises(InputError, match=r"belongs to another run: machine .* there and .* here; give the same flags or another file"):
+        checkpoint.load_checkpoint(saved.file, settings)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_processors_of_two_kinds_may_train_together_but_keep_no_checkpoint(monkeypatch, kept):
+    everybody = [{"seed": 0, "num_threads": 1, "machine": name, "checkpoint": kept} for name in ("one", "another")]
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, ours: found.__setitem__(slice(None), everybody))
+    with (
+        pytest.raises(InputError, match="rank 1 has not what rank 0 has: machine another instead of one;")
+        if kept
+        else contextlib.nullcontext()
+    ):
+        training_flags.refuse_differences(everybody[0])
+
+
 def test_of_two_machines_checkpoints_the_newer_one_is_taken(saved, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "broadcast_object_list", lambda box, src: box.__setitem__(0, {"from": src}))
@@ -656,7 +680,9 @@ def test_a_training_that_diverges_ends_with_a_sentence_and_its_last_good_checkpo
     done = run_in_fork(f"m28_distributed_training/{script}", *flags)
     assert done.returncode == 1 and "starting all processes again" not in done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and re.search("the training failed, its loss is (nan|inf) after step 2: lower its -lr, 1e[+]30", said[0])
+    assert len(said) == 1 and re.search(
+        "(not all parameters are|the loss, (nan|inf), is not) finite after step 2: lower its -lr, 1e[+]30", said[0]
+    )
     state = torch.load(file, weights_only=True)
     assert state["step"] == 1 and all(parameter.isfinite().all() for parameter in state["model"].values())
 
@@ -719,6 +745,7 @@ def test_a_write_that_really_comes_up_short_is_survived(saved, capsys):
         (["-backend", "mpi"], "argument -backend: invalid choice: 'mpi'"),
         (["-lr", "-1"], "argument -lr: '-1' is not allowed: a number above 0 is expected"),
         (["-lr", "nan"], "argument -lr: 'nan' is not allowed: a number above 0 is expected"),
+        (["-lr", "1e39"], "argument -lr: '1e39' is not allowed: a number of at most 1e+30 is expected"),
         (["-steps", "9", "-epochs", "1"], "argument -epochs: not allowed with argument -steps"),
     ],
 )
@@ -766,8 +793,8 @@ def as_rank(rank: int, port: int) -> dict[str, str]:
     ("script", "mine", "theirs", "found"),
     [
         (SCRIPT, (), ("-seed", 7, "-lr", 0.05, "-steps", 4), "seed 7 instead of 0, lr 0.05 instead of 0.001, steps 4 instead of 3"),
-        (SCRIPT, (), ("-checkpoint", "run.pt"), "num_threads 1 instead of None, checkpoint True instead of False"),
-        (SCRIPT, ("-checkpoint", "run.pt"), (), "num_threads None instead of 1, checkpoint False instead of True"),
+        (SCRIPT, (), ("-checkpoint", "run.pt"), "checkpoint True instead of False"),
+        (SCRIPT, ("-checkpoint", "run.pt"), (), "checkpoint False instead of True"),
         (FSDP, ("-checkpoint", "run.pt", "-resume"), ("-checkpoint", "run.pt"), "resume False instead of True"),
         (FSDP, (), ("-batch_size", 64), "batch_size 64 instead of 128"),
     ],

@@ -18,6 +18,7 @@ import torch
 from conftest import PATIENCE_S
 from torch import nn
 
+import machine
 from cifar10 import SAMPLE_NAME, ConvNet, Images, load_cifar10, normalize, stratified
 from data.sample import SAMPLE_CLASSES, cifar10_sample
 from errors import InputError, one_sentence
@@ -261,7 +262,7 @@ def test_another_recipe_is_another_training(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(torch, "get_num_threads", lambda: 77)
         files.append(training_file(data, CPU, 1))
-    for module, name, value in ((training, "PLATEAU", 0.5), (torch, "__version__", "9.9"), (training, "cpu_name", lambda: "another")):
+    for module, name, value in ((training, "PLATEAU", 0.5), (torch, "__version__", "9.9"), (machine, "cpu_name", lambda: "another")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, value)
             files.append(training_file(data, CPU, 1))
