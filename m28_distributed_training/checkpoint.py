@@ -22,10 +22,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import positive_int
 from errors import InputError, first_line
-from m28_distributed_training.launch import local_rank
+from m28_distributed_training.group import local_rank
 from paths import atomic_path, check_file_place, check_zip
 
 FORMAT = "course-m28-checkpoint-1"
+PARTS = {"step", "settings", "model", "optimizer", "scheduler", "rng"}
 EVERY = 20  # steps from one checkpoint to the next, where -every does not say it
 
 
@@ -95,7 +96,7 @@ def read_checkpoint(file: Path) -> dict | str | None:
         return f"-checkpoint {file} cannot be read ({error.strerror})"
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error):
         return f"-checkpoint {file} is damaged or no checkpoint: remove it to begin anew, or give another one"
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= PARTS:
         return f"-checkpoint {file} is not a checkpoint of these scripts: give another file"
     return state
 

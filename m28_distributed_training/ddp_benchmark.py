@@ -32,7 +32,8 @@ from common import print_table, save_figure, save_results
 from errors import InputError
 from m28_distributed_training import ddp_train
 from m28_distributed_training.ddp_benchmark_report import plot, say
-from m28_distributed_training.launch import run_rank, start_quietly, wait_for_all
+from m28_distributed_training.group import run_rank
+from m28_distributed_training.launch import start_quietly, wait_for_all
 from m28_distributed_training.traffic import ddp_bytes, parameter_bytes
 from machine import available_memory, usable_cores
 from timing import spread
@@ -171,6 +172,8 @@ def benchmark(args) -> None:
     on_cpu = args.device.type == "cpu"
     shapes = [(n, threads) for n in counts] + ([(1, threads * args.nproc)] if args.nproc > 1 and on_cpu else [])
     warn(shapes, data, on_cpu)
+    if left_out := [n for n in range(1, args.nproc) if n not in counts]:
+        print(f"left out: {', '.join(map(str, left_out))} processes, which cannot share out {args.batch_size} images evenly")
     rounds = 2 if args.quick else ROUNDS
     print(f"{rounds} rounds of {STEPS} steps of {args.batch_size} images in turn; (processes, threads): {shapes}")
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,8 @@ from cifar10 import ConvNet, load_cifar10
 from common import parse, print_table, save_results
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
 from m28_distributed_training.ddp_train import Reports, catch_sigterm, evaluate, fingerprint, micro_batches
-from m28_distributed_training.launch import launch, print0, said_once, several_machines
+from m28_distributed_training.group import exit_code, print0, said_once, several_machines
+from m28_distributed_training.launch import launch
 from m28_distributed_training.traffic import BytesSent, ddp_bytes, fsdp_bytes, on_loopback, parameter_bytes
 from m28_distributed_training.training_flags import check, run_settings, training_parser
 
@@ -39,14 +40,16 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first pr
 STEPS = 40  # where neither -steps nor -epochs says how many
 
 
-def train(args) -> None:
-    """Train sharded, then the same steps with DDP, compare parameters and memory. Every process runs this."""
+def train(args) -> int:
+    """Train sharded, then the same steps with DDP, compare parameters and memory; this process's exit code. Every process runs this."""
     with said_once():
         data = load_cifar10(args.data, args.batch_size)
     stop = catch_sigterm()
     sharded = train_once(args, data, stop, shard=True)
-    if sharded:  # not stopped
-        report(args, data, sharded, None if args.checkpoint else train_once(args, data, stop, shard=False))
+    if sharded is None:  # stopped
+        return exit_code(bool(stop))
+    report(args, data, sharded, None if args.checkpoint else train_once(args, data, stop, shard=False))
+    return 0
 
 
 def shard_network(network: nn.Module, args) -> nn.Module:

@@ -16,7 +16,7 @@ from cifar10 import Images, load_cifar10
 from common import new_parser, non_negative_int, positive_int, positive_number
 from errors import InputError, under_torchrun
 from m28_distributed_training.checkpoint import EVERY, add_checkpoint_flags, check_file
-from m28_distributed_training.launch import local_processes, world_size
+from m28_distributed_training.group import check_variables, local_processes, world_size
 from machine import computes_with
 
 FASTEST = 1e30  # learning rate: beyond it a step overflows before the optimizer could take it
@@ -72,6 +72,7 @@ def add_launch_flags(parser) -> None:
 
 def check(args) -> None:
     """Settle what follows from other flags and the machine; InputError for what cannot work."""
+    check_variables()
     refuse_idle(args)
     settle_device(args)
     if args.quick:

@@ -17,7 +17,7 @@ from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
 from cifar10 import ConvNet, load_cifar10
 from common import parse
 from errors import InputError
-from m28_distributed_training import checkpoint, ddp_train, fsdp_train, launch, training_flags
+from m28_distributed_training import checkpoint, ddp_train, fsdp_train, group, training_flags
 
 SCRIPT = "m28_distributed_training/fsdp_train.py"
 
@@ -83,8 +83,8 @@ def test_kill_9_changes_no_bit(undisturbed, forked_run):
 def alone(monkeypatch):
     """A group of this process alone, so that what processes do together can be called here."""
     monkeypatch.setattr(fsdp_train, "catch_sigterm", list)
-    if sys.platform in launch.LOOPBACK:
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", launch.LOOPBACK[sys.platform])
+    if sys.platform in group.LOOPBACK:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", group.LOOPBACK[sys.platform])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

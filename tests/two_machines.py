@@ -1,6 +1,6 @@
 """Train on two machines, take one of them away in the middle, let it come back, and see that the job ends with the same bits.
 
-    sudo .venv/bin/python tests/two_machines.py          about 3 minutes; Linux only
+    sudo .venv/bin/python tests/two_machines.py          about 4 minutes; Linux only
 
 The machines are two network namespaces of this one, joined by a virtual cable. Each has its own host name, hosts file, address and
 folder, so that nothing is shared but the network. torchrun starts one process on each. Killed means kill -9 to all processes of a
@@ -63,8 +63,8 @@ class Machine:
         launcher = [*TORCHRUN, "--nnodes", "1:2", "--max-restarts", "3", *place]
         return self.start(launcher, SAVE, loopback=True, GLOO_SOCKET_IFNAME="eth0", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
-    def kill(self, silent: bool = False) -> None:
-        if silent:
+    def kill(self, pull_cable: bool = False) -> None:
+        if pull_cable:
             ip("-n", self.namespace, "link", "set", "eth0", "down")
         for pid in ip("netns", "pids", self.namespace).split():
             with contextlib.suppress(ProcessLookupError):
@@ -164,11 +164,14 @@ def undisturbed(a: Machine, b: Machine) -> str:
     return parameters
 
 
-def killed(survivor: Machine, victim: Machine, parameters: str, silent: bool, rng: random.Random) -> None:
+def lost(how: str, survivor: Machine, victim: Machine, parameters: str, rng: random.Random) -> None:
     """Lose `victim` in the middle, go on with `survivor`, which hosts the rendezvous, take the victim back, end together."""
     ours, theirs = survivor.elastic(host=survivor), victim.elastic(host=survivor)
     step = wait_for_step(ours, theirs, rng.randrange(15, 30))
-    victim.kill(silent)
+    if how == "was sent SIGTERM":
+        theirs.process.terminate()
+    else:
+        victim.kill(pull_cable=how == "lost its cable and was killed")
     theirs.end()
     ours.wait_until(lambda: ours.numbers("resumed at step"), "resumed alone")
     alone = ours.numbers("resumed at step")[0]
@@ -181,7 +184,6 @@ def killed(survivor: Machine, victim: Machine, parameters: str, silent: bool, rn
     together = (ours.numbers("resumed at step")[1:] + theirs.numbers("resumed at step"))[-1]
     assert together == stopped, f"together again from step {together}, but the survivor had reached {stopped}"
     check_end(survivor, victim, said, parameters)
-    how = "lost its cable and was killed" if silent else "was killed"
     print(f"{victim.name} {how} at step {step}: {survivor.name} went on alone from step {alone}, both together from step {stopped},")
     print("  which is where it was by then; exit code 0 and the same parameters on both")
 
@@ -224,8 +226,9 @@ def main(args) -> None:
     rng, begin = random.Random(args.seed), time.monotonic()
     with two_machines() as (a, b):
         parameters = undisturbed(a, b)
-        killed(a, b, parameters, silent=False, rng=rng)
-        killed(b, a, parameters, silent=True, rng=rng)  # rank 0 is lost, and comes back with the older checkpoint
+        lost("was killed", a, b, parameters, rng)
+        lost("lost its cable and was killed", b, a, parameters, rng)  # rank 0 is lost, and comes back with the older checkpoint
+        lost("was sent SIGTERM", a, b, parameters, rng)
         host_killed(a, b, parameters, rng)
     print(f"all checked in {time.monotonic() - begin:.0f} s")
 
