@@ -195,7 +195,8 @@ def compare(args) -> list[dict]:
     sizes = sizes_mb(network, variants, calibration[0], args.save)
     if args.save and args.pretrained and not data:
         print(f"warning: random numbers set the scales in {args.save}: good for measuring latency, not for answers about photographs")
-    answering = {name: variants[name] for name in ("compiled bfloat16", "int8", NOT_COMPILED) if name in variants}
+    answering = {"channels_last": copy.deepcopy(network).to(memory_format=torch.channels_last)}
+    answering |= {name: variants[name] for name in ("compiled float32", "compiled bfloat16", "int8", NOT_COMPILED) if name in variants}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         peers = convert_for_peers(network, calibration, Path(folder)) if args.peers else {}
         rows = time_all(args, network, variants, peers, calibration)

@@ -73,9 +73,16 @@ def test_errors_average_out_and_channels_help():
     assert 20 < growth < 50
     tensor, channel = exercise.errors_by_granularity(8, torch.Generator().manual_seed(0))
     assert channel["worst_channel_error"] < tensor["worst_channel_error"] / 10
-    eight, four, _ = exercise.errors_by_bits(numbers(10_000))
+    eight, four, _ = exercise.errors_by_bits(x := numbers(10_000), x.min(), x.max())
     assert four["scale"] / eight["scale"] == pytest.approx(255 / 15) and eight["snr_db"] > four["snr_db"] + 20
     assert (eight["size_mb"], four["size_mb"]) == (0.01, 0.005)  # of 10,000 numbers
+
+
+def test_a_smaller_range_pays_with_few_bits_alone():
+    x, ends = numbers(100_000), (0.005, 0.995)
+    whole, clipped = (exercise.errors_by_bits(x, x.quantile(low), x.quantile(high)) for low, high in ((0.0, 1.0), ends))
+    gains = [less["snr_db"] - more["snr_db"] for less, more in zip(clipped, whole, strict=True)]
+    assert all(less["scale"] < more["scale"] for less, more in zip(clipped, whole, strict=True)) and gains[0] < 0 < gains[1] < gains[2]
 
 
 def test_a_tensor_of_zeros_stays_zeros():

@@ -196,6 +196,12 @@ def test_a_file_with_a_part_that_could_run_code_is_refused_unread(graph, tmp_pat
         said = f"is not a network that was kept with -save: {re.escape(wrong)} could run any code when it is read"
         with pytest.raises(InputError, match=said):
             int8_file.load_graph(tmp_path / "wrong.pt2")
+    for content in (b"[]", b'{"config": []}', b'{"config": {"name": {}}}'):
+        with zipfile.ZipFile(tmp_path / "wrong.pt2", "w") as new:
+            for name, its in {**parts, listed: content}.items():
+                new.writestr(name, its)
+        with pytest.raises(InputError, match="is damaged, or not a network that was kept with -save"):
+            int8_file.load_graph(tmp_path / "wrong.pt2")
     assert not ran.exists()
 
 
@@ -346,6 +352,7 @@ def test_the_run_of_a_learner(run_script, run_in_fork, results, tmp_path):
     assert {"model", "variant", "batch", "threads", "latency_ms", "size_mb", "accuracy"} <= set(rows["int8"])
     assert rows["eager"]["relative_difference"] == 0 < rows["int8"]["relative_difference"] < 0.2
     assert abs(rows["int8"]["accuracy"] - rows["eager"]["accuracy"]) < 0.05
+    assert rows["channels_last"]["accuracy"] == pytest.approx(rows["eager"]["accuracy"], abs=0.01)
     assert (results / "quantize_speed.png").exists()
 
     nowhere = run_in_fork(SCRIPT, "-model", "student", "-quick", "-load", kept, "-num_threads", "2", CXX="no-such-compiler")
@@ -401,6 +408,7 @@ def test_what_the_compiler_fails_on_is_left_out_and_int8_runs_as_a_graph(network
     quantize_report.say(rows)  # finds the row that stands for int8
     data = {"test": Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), (), "made")}
     assert compare_accuracy(network, {"int8": graph}, {}, data, compile_them=True)["int8"]["same_class"] == 1
+    assert "int8: answers of the graph that is not compiled, it cannot be compiled here" in capsys.readouterr().out
 
 
 def test_layers_that_stay_float_are_counted(capsys):
