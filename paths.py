@@ -42,10 +42,14 @@ def check_writable(folder: Path) -> None:
 
 
 def check_file_place(flag: str, file: Path) -> None:
-    """InputError where the file that `flag` names could not be written: a folder, or a file in one that may not be written to."""
+    """InputError where the file that `flag` names could not be written: a folder, a device, or in a folder that may not be written to."""
     check_writable(file.parent)  # first: in a folder that may not be entered even is_dir() fails
-    if file.is_dir():
-        raise InputError(f"{flag} {file} is a folder: give a file")
+    try:
+        folder, other = file.is_dir(), file.exists() and not file.is_file()
+    except OSError as error:  # the name is too long
+        raise InputError(f"{flag} {file.name[:40]}... cannot be a file ({error.strerror}): give another name") from error
+    if folder or other:
+        raise InputError(f"{flag} {file} is {'a folder' if folder else 'no ordinary file'}: give a file")
 
 
 def refuse_writing(folder: Path, error: OSError) -> NoReturn:

@@ -97,7 +97,7 @@ def train(args) -> int:
             kept = save_checkpoint(args.checkpoint, {"step": step + 1, "settings": settings, **state_of(network, optimizer, scheduler)})
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
-            return exit_code(bool(reports.stop))
+            return exit_code(kept)
     timed, seconds = max(0, steps - first - 1), time.perf_counter() - (clock or 0)
     correct = evaluate(network, data["test"], args)
     row = {"processes": dist.get_world_size(), "steps": steps, "images_per_s": timed * args.batch_size / seconds or None, "loss": mean_loss}

@@ -45,10 +45,12 @@ def train(args) -> int:
     with said_once():
         data = load_cifar10(args.data, args.batch_size)
     stop = catch_sigterm()
-    sharded = train_once(args, data, stop, shard=True)
-    if sharded is None:  # stopped
-        return exit_code(bool(stop))
-    report(args, data, sharded, None if args.checkpoint else train_once(args, data, stop, shard=False))
+    runs = {}
+    for shard in (True,) if args.checkpoint else (True, False):
+        runs[shard] = train_once(args, data, stop, shard)
+        if isinstance(runs[shard], bool):  # stopped
+            return exit_code(kept=runs[shard])
+    report(args, data, runs[True], runs.get(False))
     return 0
 
 
@@ -60,8 +62,8 @@ def shard_network(network: nn.Module, args) -> nn.Module:
     return fully_shard(network, mesh=mesh)
 
 
-def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
-    """The loop of ddp_train.py, sharded or not: what each process holds and sends, and the parameters at the end; None when stopped."""
+def train_once(args, data: dict, stop: list, shard: bool) -> dict | bool:
+    """The loop of ddp_train.py, sharded or not: what each process holds and sends, its last parameters; stopped, if they are kept."""
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
     settings = run_settings(args, data["train"], steps, "fsdp_train")
     torch.manual_seed(args.seed)  # the same first parameters in all processes, sharded or not
@@ -98,7 +100,7 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | None:
             kept = save(args, step + 1, settings, model, optimizer, scheduler)
         if stopped:
             print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
-            return None
+            return kept
     held = held or held_bytes(model, optimizer, sent)  # where a finished run was resumed
     moved = {"ring_mb": sent.by_ring(dist.get_world_size()) / 1e6 or None, "formula_mb": formula(args, P, shard) / 1e6}
     moved["wire_mb"] = wire_mb(args, wire, steps - first - 1)

@@ -29,6 +29,7 @@ from machine import usable_cores
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
 BAD_INPUT, STOPPED = 2, 128 + signal.SIGTERM  # exit codes: of a process that refuses what it was given; see exit_code()
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # 1: torchrun opens a new store at each start, not one that knows dead addresses
 INTERFACE = "GLOO_SOCKET_IFNAME"  # names the network interface by which the processes talk
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # the one that leads back to this machine
@@ -86,13 +87,38 @@ def hold_ctrl_c(hold: bool) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
+class Log:
+    """A stream whose file may be on a full disk: then what is printed is lost, but not the training."""
+
+    def __init__(self, stream) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.unless_full(self.stream.write, text)
+
+    def flush(self) -> None:
+        self.unless_full(self.stream.flush)
+
+    def unless_full(self, call, *words):
+        try:
+            return call(*words)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+
+
 def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
     """Prepare this process, run worker(args) in the group of all, and end."""
     args.num_threads = args.num_threads or max(1, usable_cores() // local_processes(args))
     torch.set_num_threads(args.num_threads)
     seed_everything(args.seed)
+    sys.stdout, sys.stderr = Log(sys.stdout), Log(sys.stderr)
     if store:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the parent speaks
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a shell script
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the parent speaks
         hold_ctrl_c(False)
         tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a killed process would leave behind with a warning
         if sys.platform in LOOPBACK:
@@ -113,11 +139,14 @@ def run_or_say_why(worker, args, rank: int, store: Path | None) -> int | None:
     except BrokenPipeError:  # nobody reads what is printed any more, and would not after a restart
         leave(BAD_INPUT)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         one_sentence(OSError, error, None)  # the disk is full, and would be after a restart
         leave(BAD_INPUT)
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            print(f"error: rank {rank} asked for more memory than there is: give smaller -widths or a smaller -batch_size", file=sys.stderr)
+            leave(BAD_INPUT)
         if "CUDA error" in str(error) or not any(sign in str(error) for sign in LOST):
             raise
         other = f"rank {1 - rank}" if world_size(args) == 2 else "that rank"
@@ -139,12 +168,12 @@ def recorded():
     return record(run_or_say_why)
 
 
-def exit_code(told: bool) -> int:
-    """Of a training that stopped after SIGTERM, `told` to this machine: not 0 where it came to another one only, whose place is empty now.
+def exit_code(kept: bool) -> int:
+    """Of a training that SIGTERM stopped: 0 where it is `kept` in a checkpoint, but never under torchrun, which would take 0 for its end.
 
-    torchrun here would take 0 for the job's end. So it starts again, if it may: alone with --nnodes 1:2, else when the other one is back.
+    So torchrun, if it was not told itself, starts again if it may: where another machine has gone, alone (--nnodes 1:2) or when it is back.
     """
-    return 0 if told or not several_machines() else STOPPED
+    return 0 if kept and not under_torchrun() else STOPPED
 
 
 def leave(code: int) -> None:

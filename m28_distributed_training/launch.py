@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from errors import InputError, under_torchrun
-from m28_distributed_training.group import BAD_INPUT, hold_ctrl_c, run_rank
+from m28_distributed_training.group import BAD_INPUT, STOPPED, hold_ctrl_c, run_rank
 
 
 def launch(worker, args) -> None:
@@ -49,7 +49,7 @@ def run_processes(worker, args) -> bool:
                         process.join()
         if first is None:
             return True
-        if first.exitcode == BAD_INPUT:  # which has been said, and stays bad
+        if first.exitcode in (BAD_INPUT, STOPPED):  # which has been said, and stays bad, or was meant
             return False
         if told and first.exitcode == -signal.SIGTERM:  # one that trains saves and ends well, this one had not begun
             print(f"SIGTERM: ended before the first step{'; -resume goes on' if args.checkpoint else ''}")

@@ -738,6 +738,52 @@ def test_under_torchrun_one_process_says_that_the_training_diverged():
     assert done.returncode == 1 and done.stderr.count("error: the training failed") == 1
 
 
+@pytest.mark.parametrize("train", [ddp_train.train, fsdp_train.train])
+def test_parameters_that_are_no_numbers_are_not_written_over_a_checkpoint(alone, tmp_path, monkeypatch, train):
+    """The loss is still finite then: it was computed before the step."""
+    monkeypatch.setattr(sys.modules[train.__module__], "catch_sigterm", list)
+    args, step, steps = arguments(*FLAGS, "-steps", 3, "-every", 1, "-checkpoint", tmp_path / "run.pt"), torch.optim.AdamW.step, []
+
+    def spoil(optimizer, *given):
+        step(optimizer, *given)
+        steps.append(optimizer)
+        if len(steps) == 2:
+            optimizer.param_groups[0]["params"][0].data.mul_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(InputError, match="not all parameters are finite after step 2"):
+        train(args)
+    assert torch.load(args.checkpoint, weights_only=True)["step"] == 1
+
+
+@linux
+def test_what_is_printed_onto_a_full_disk_is_lost_and_not_the_training(tmp_path):
+    file = tmp_path / "run.pt"
+    command = [sys.executable, ROOT / SCRIPT, *SMALL, "3", "-checkpoint", file]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(list(map(str, command)), stderr=full, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0 and "parameters sha256" in done.stdout and torch.load(file, weights_only=True)["step"] == 3
+
+
+@posix
+@pytest.mark.parametrize("script", [SCRIPT, FSDP])
+def test_stopped_without_a_checkpoint_it_does_not_end_with_0(start_in_fork, tmp_path, script):
+    """There its folder has gone meanwhile."""
+    folder = tmp_path / "kept"
+    file, flags = folder / "run.pt", (*SMALL, 100_000, "-every", EVERY, "-max_restarts", 1)
+    process = start_in_fork(script, *flags, "-checkpoint", file, COURSE_RESULTS=str(tmp_path))
+    while not file.exists() and process.is_alive():
+        time.sleep(0.005)
+    folder.rename(tmp_path / "moved")
+    folder.write_text("no folder any more")
+    while "warning: no checkpoint at step" not in process.output()[1] and process.is_alive():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said, errors = end(process)
+    assert process.exitcode == 1 and re.search(r"SIGTERM: stopped after step \d+ of 100000\n", said), errors
+    assert "starting all processes again" not in errors and "ended with exit code" not in errors
+
+
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -809,6 +855,8 @@ def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
         (["-every", "5"], "-every is about a checkpoint: give -checkpoint FILE, too"),
         (["-checkpoint", "."], "-checkpoint . is a folder: give a file"),
         (["-checkpoint", f"{__file__}/run.pt"], "cannot write to"),
+        (["-checkpoint", os.devnull], "is no ordinary file: give a file"),
+        (["-checkpoint", "x" * 300], r"cannot be a file \(.*\): give another name"),
         (["-max_restarts", "1"], "-max_restarts is about a checkpoint: give -checkpoint FILE, too"),
     ],
 )
@@ -864,19 +912,21 @@ def test_a_machine_that_is_not_reached_is_no_rank_that_ended(start_in_fork, free
 
 
 @posix
-def test_sigterm_on_one_machine_stops_all_after_the_same_step(start_in_fork, free_port, tmp_path):
-    """The other one ends with another exit code than 0: its torchrun is not to take the training for done."""
+@pytest.mark.parametrize("script", [SCRIPT, FSDP])
+def test_sigterm_on_one_machine_stops_all_after_the_same_step(start_in_fork, free_port, tmp_path, script):
+    """All end with another exit code than 0: torchrun is not to take the training for done."""
     machines, files = [], [tmp_path / f"run{rank}.pt" for rank in range(2)]
     for rank, file in enumerate(files):
         flags = (*SMALL, 100_000, "-checkpoint", file, "-every", EVERY)
-        machines.append(start_in_fork(SCRIPT, *flags, **as_rank(rank, free_port), COURSE_RESULTS=str(tmp_path)))
+        machines.append(start_in_fork(script, *flags, **as_rank(rank, free_port), COURSE_RESULTS=str(tmp_path)))
+    files = files[: 1 if script == FSDP else 2]  # sharded training is collected and written by the first machine
     while not all(file.exists() for file in files) and all(machine.is_alive() for machine in machines):
         time.sleep(0.005)
     machines[1].send_signal(signal.SIGTERM)
     said = [end(machine) for machine in machines]
-    assert [machine.exitcode for machine in machines] == [group.STOPPED, 0], said
+    assert [machine.exitcode for machine in machines] == [group.STOPPED] * 2, said
     stopped = int(re.search(r"SIGTERM: stopped after step (\d+) of 100000; -resume goes on from here", said[0][0])[1])
-    assert [torch.load(file, weights_only=True)["step"] for file in files] == [stopped, stopped]
+    assert {torch.load(file, weights_only=True)["step"] for file in files} == {stopped}
 
 
 @pytest.mark.parametrize("flag", ["-nproc", "-max_restarts"])
@@ -895,6 +945,19 @@ def test_torchrun_that_would_start_again_from_the_beginning_is_refused(monkeypat
     with pytest.raises(InputError, match="it starts with the same flags again, so give -resume"):
         training_flags.check(arguments("-checkpoint", tmp_path / "run.pt"))
     training_flags.check(arguments("-checkpoint", tmp_path / "run.pt", "-resume"))
+
+
+@posix
+def test_a_ctrl_c_that_was_to_be_ignored_is_ignored(tmp_path):
+    """As in the background of a shell script."""
+    file = tmp_path / "run.pt"
+    command = [sys.executable, ROOT / SCRIPT, *SMALL, "40", "-every", "5", "-checkpoint", file]
+    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    process = subprocess.Popen(list(map(str, command)), preexec_fn=ignore, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "parameters sha256" in process.communicate(timeout=PATIENCE_S)[0] and process.returncode == 0
 
 
 def test_what_all_ranks_refuse_is_said_once(run_in_fork):
@@ -941,6 +1004,8 @@ def test_each_process_takes_its_share_of_the_cores(monkeypatch, cores, nproc, th
     args = arguments("-nproc", nproc)
     monkeypatch.setattr(group, "usable_cores", lambda: cores)
     monkeypatch.setattr(group, "leave", lambda code: None)
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))  # put back afterwards
     monkeypatch.setattr(group, "join_and_run", lambda worker, args, rank, store: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     group.run_rank(None, args, 0)
