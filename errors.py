@@ -1,4 +1,7 @@
-"""How a script ends that cannot go on: in one sentence that says what the user can mend, and without a process left behind."""
+"""How a script ends that cannot go on: in one sentence that says what the user can mend, and without a process left behind.
+
+And how a training does not end because its log is on a full disk.
+"""
 
 import errno
 import multiprocessing
@@ -7,6 +10,8 @@ import signal
 import sys
 import time
 import traceback
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # what OSError.errno says of a disk, or of a user's share of it, that is full
 
 
 class InputError(ValueError):
@@ -51,7 +56,7 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
         print(
             f"error: {error.filename} may not be read or written ({error.strerror}): take another place, or ask its owner", file=sys.stderr
         )
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    elif isinstance(error, OSError) and error.errno in FULL_DISK:
         print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
     elif text.startswith("DataLoader worker") or (receiving and issubclass(kind, OSError | EOFError)):
         reason = text.splitlines()[0].rstrip(".") if text.startswith("DataLoader") else "a DataLoader worker ended while it sent a batch"
@@ -81,3 +86,31 @@ def end_by_ctrl_c() -> None:
         worker.join(timeout=1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)  # dies by the signal, so that a shell loop around the script stops as well
+
+
+class Log:
+    """A stream whose file may be on a full disk: then what is printed is lost, but not the training."""
+
+    def __init__(self, stream) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.unless_full(self.stream.write, text)
+
+    def flush(self) -> None:
+        self.unless_full(self.stream.flush)
+
+    def unless_full(self, call, *words):
+        try:
+            return call(*words)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+
+
+def survive_full_disk() -> None:
+    """From now on a full disk takes what this process prints, and nothing else."""
+    sys.stdout, sys.stderr = Log(sys.stdout), Log(sys.stderr)

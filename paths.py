@@ -4,11 +4,12 @@ The environment variables COURSE_DATA and COURSE_RESULTS move the data and the r
 """
 
 import contextlib
-import errno
 import glob
 import os
+import pickle
 import platform
 import re
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -17,13 +18,14 @@ from typing import NoReturn
 
 import psutil
 
-from errors import InputError
+from errors import FULL_DISK, InputError
 
 ROOT = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("COURSE_DATA") or ROOT / "data")  # an empty variable counts as none, as in the Makefile
 RESULTS = Path(os.environ.get("COURSE_RESULTS") or ROOT / "results")
 # What is raised by reading a damaged file of npz or of torch.save.
-DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, TypeError, AttributeError, AssertionError)
+DAMAGED += (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError)
 
 
 def display_path(path: Path) -> str:
@@ -54,7 +56,7 @@ def check_file_place(flag: str, file: Path) -> None:
 
 def refuse_writing(folder: Path, error: OSError) -> NoReturn:
     """Say in an InputError that nothing can be written into the folder, and which variable moves it; a full disk is raised as it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL_DISK:
         raise error
     ours = {"COURSE_RESULTS": RESULTS, "COURSE_DATA": DATA}
     variable = next((name for name, place in ours.items() if folder.is_relative_to(place)), None)

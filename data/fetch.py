@@ -4,7 +4,6 @@ Used by download.py, which says what is fetched from where.
 """
 
 import contextlib
-import errno
 import hashlib
 import http.client
 import socket
@@ -21,7 +20,7 @@ from urllib.request import Request, getproxies, proxy_bypass, urlopen
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from errors import InputError
+from errors import FULL_DISK, InputError
 
 TIMEOUT_S = 30  # silence of a server that counts as a dropped connection
 PAUSES_S = (1, 2, 4)  # before another try; bytes that arrived meanwhile start the row anew
@@ -93,7 +92,7 @@ def fetch(url: str, part: Path) -> None:
         try:
             return transfer(url, part)
         except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) in FULL_DISK:
                 part.unlink(missing_ok=True)  # half a file shall not keep the disk full
                 raise
             code = error.code if isinstance(error, HTTPError) else None

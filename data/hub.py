@@ -1,7 +1,6 @@
 """Data sets of the Hugging Face hub, or a folder in its form, through the library `datasets`; images are decoded once and kept."""
 
 import contextlib
-import errno
 import functools
 import os
 import sys
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from data.fetch import online
-from errors import InputError, first_line
+from errors import FULL_DISK, InputError, first_line
 from paths import DAMAGED, DATA, atomic_path
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -51,7 +50,7 @@ def read_dataset(source: str) -> dict[str, tuple]:
 def refuse_full_disk(error: Exception) -> None:
     """InputError where this is what a library, or the system below it, says of a full disk."""
     for reason in reasons(error):
-        if getattr(reason, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "enough disk space" in str(reason):
+        if getattr(reason, "errno", None) in FULL_DISK or "enough disk space" in str(reason):
             raise InputError(f"the disk is full ({first_line(reason)}): free some space and run again") from error
 
 

@@ -8,11 +8,7 @@ step. A network with dropout would need one for each process, and torch.cuda.get
 """
 
 import io
-import pickle
-import struct
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -23,12 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from common import positive_int
 from errors import InputError, first_line
 from m28_distributed_training.group import local_rank
-from paths import atomic_path, check_file_place, check_zip
+from paths import DAMAGED, atomic_path, check_file_place, check_zip
 
 FORMAT = "course-m28-checkpoint-1"
-# What torch's reader raises for a file that is none of its own, or is not whole.
-DAMAGED_FILE = (RuntimeError, EOFError, ValueError, LookupError, AssertionError, AttributeError, TypeError, pickle.UnpicklingError)
-DAMAGED_FILE += (zipfile.BadZipFile, zlib.error, struct.error)
 PARTS = {"step", "settings", "model", "optimizer", "scheduler", "rng"}
 EVERY = 20  # steps from one checkpoint to the next, where -every does not say it
 
@@ -97,7 +90,7 @@ def read_checkpoint(file: Path) -> dict | str | None:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         return f"-checkpoint {file} cannot be read ({error.strerror})"
-    except DAMAGED_FILE:
+    except DAMAGED:
         return f"-checkpoint {file} is damaged or no checkpoint: remove it to begin anew, or give another one"
     if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= PARTS or not isinstance(state["settings"], dict):
         return f"-checkpoint {file} is not a checkpoint of these scripts: give another file"

@@ -172,8 +172,6 @@ def benchmark(args) -> None:
     on_cpu = args.device.type == "cpu"
     shapes = [(n, threads) for n in counts] + ([(1, threads * args.nproc)] if args.nproc > 1 and on_cpu else [])
     warn(shapes, data, on_cpu)
-    if left_out := [n for n in range(1, args.nproc) if n not in counts]:
-        print(f"left out: {', '.join(map(str, left_out))} processes, which cannot share out {args.batch_size} images evenly")
     rounds = 2 if args.quick else ROUNDS
     print(f"{rounds} rounds of {STEPS} steps of {args.batch_size} images in turn; (processes, threads): {shapes}")
     with tempfile.TemporaryDirectory() as folder:
@@ -194,7 +192,10 @@ def benchmark(args) -> None:
 
 
 def warn(shapes: list[tuple[int, int]], data: dict, on_cpu: bool) -> None:
-    """Say where there are more threads at work than cores that compute, or more processes, all started at once, than fit into memory."""
+    """Say which numbers of processes are left out, and where there are too few cores, or too little memory for all at once."""
+    counts = {n for n, _ in shapes}
+    if left_out := sorted(set(range(1, max(counts))) - counts):
+        print(f"left out: {', '.join(map(str, left_out))} processes, which cannot share out a batch evenly")
     busy, processes = max(n * threads for n, threads in shapes), sum(n for n, _ in shapes)
     if on_cpu and busy > usable_cores():
         print(f"{busy} threads compute at once on {usable_cores()} usable cores: the ideal line is out of reach")

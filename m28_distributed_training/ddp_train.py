@@ -34,7 +34,7 @@ from cifar10 import ConvNet, Images, augment, epoch_order, load_cifar10, normali
 from common import parse, print_table, save_results
 from errors import InputError, under_torchrun
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
-from m28_distributed_training.group import exit_code, print0, said_once
+from m28_distributed_training.group import Stopped, print0, said_once
 from m28_distributed_training.launch import launch
 from m28_distributed_training.training_flags import check, run_settings, training_parser
 
@@ -62,8 +62,8 @@ def micro_batches(data: Images, step: int, args) -> list[tuple[torch.Tensor, tor
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train(args) -> int:
-    """Train to the last step and evaluate; this process's exit code. Every process runs this, and all of them run it in step."""
+def train(args) -> None:
+    """Train to the last step and evaluate. Every process runs this, and all of them run it in step."""
     with said_once():
         data = load_cifar10(args.data, args.batch_size)
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
@@ -96,14 +96,12 @@ def train(args) -> int:
         if args.checkpoint and (due or stopped):
             kept = save_checkpoint(args.checkpoint, {"step": step + 1, "settings": settings, **state_of(network, optimizer, scheduler)})
         if stopped:
-            print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
-            return exit_code(kept)
+            raise Stopped(step + 1, steps, kept)
     timed, seconds = max(0, steps - first - 1), time.perf_counter() - (clock or 0)
     correct = evaluate(network, data["test"], args)
     row = {"processes": dist.get_world_size(), "steps": steps, "images_per_s": timed * args.batch_size / seconds or None, "loss": mean_loss}
     row |= {"accuracy": correct / len(data["test"]), "bytes_per_step": sent["bytes"] // max(1, steps - first)}
     report(args, data, network, row)
-    return 0
 
 
 def count_bytes(model: DistributedDataParallel) -> dict[str, int]:

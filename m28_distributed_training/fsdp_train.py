@@ -31,7 +31,7 @@ from cifar10 import ConvNet, load_cifar10
 from common import parse, print_table, save_results
 from m28_distributed_training.checkpoint import load_checkpoint, save_checkpoint
 from m28_distributed_training.ddp_train import Reports, catch_sigterm, evaluate, fingerprint, micro_batches
-from m28_distributed_training.group import exit_code, print0, said_once, several_machines
+from m28_distributed_training.group import Stopped, print0, said_once, several_machines
 from m28_distributed_training.launch import launch
 from m28_distributed_training.traffic import BytesSent, ddp_bytes, fsdp_bytes, on_loopback, parameter_bytes
 from m28_distributed_training.training_flags import check, run_settings, training_parser
@@ -40,18 +40,13 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first pr
 STEPS = 40  # where neither -steps nor -epochs says how many
 
 
-def train(args) -> int:
-    """Train sharded, then the same steps with DDP, compare parameters and memory; this process's exit code. Every process runs this."""
+def train(args) -> None:
+    """Train sharded, then the same steps with DDP, compare parameters and memory. Every process runs this."""
     with said_once():
         data = load_cifar10(args.data, args.batch_size)
     stop = catch_sigterm()
-    runs = {}
-    for shard in (True,) if args.checkpoint else (True, False):
-        runs[shard] = train_once(args, data, stop, shard)
-        if isinstance(runs[shard], bool):  # stopped
-            return exit_code(kept=runs[shard])
-    report(args, data, runs[True], runs.get(False))
-    return 0
+    sharded = train_once(args, data, stop, shard=True)
+    report(args, data, sharded, None if args.checkpoint else train_once(args, data, stop, shard=False))
 
 
 def shard_network(network: nn.Module, args) -> nn.Module:
@@ -62,8 +57,8 @@ def shard_network(network: nn.Module, args) -> nn.Module:
     return fully_shard(network, mesh=mesh)
 
 
-def train_once(args, data: dict, stop: list, shard: bool) -> dict | bool:
-    """The loop of ddp_train.py, sharded or not: what each process holds and sends, its last parameters; stopped, if they are kept."""
+def train_once(args, data: dict, stop: list, shard: bool) -> dict:
+    """The loop of ddp_train.py, sharded or not: what each process holds and sends, and the parameters at the end."""
     steps = args.steps or args.epochs * (len(data["train"]) // args.batch_size)
     settings = run_settings(args, data["train"], steps, "fsdp_train")
     torch.manual_seed(args.seed)  # the same first parameters in all processes, sharded or not
@@ -99,8 +94,7 @@ def train_once(args, data: dict, stop: list, shard: bool) -> dict | bool:
         if shard and args.checkpoint and (due or stopped):
             kept = save(args, step + 1, settings, model, optimizer, scheduler)
         if stopped:
-            print0(f"SIGTERM: stopped after step {step + 1} of {steps}{'; -resume goes on from here' if kept else ''}")
-            return kept
+            raise Stopped(step + 1, steps, kept)
     held = held or held_bytes(model, optimizer, sent)  # where a finished run was resumed
     moved = {"ring_mb": sent.by_ring(dist.get_world_size()) / 1e6 or None, "formula_mb": formula(args, P, shard) / 1e6}
     moved["wire_mb"] = wire_mb(args, wire, steps - first - 1)

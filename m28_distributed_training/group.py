@@ -5,7 +5,6 @@ where they meet; where launch.py has, they meet in a file.
 """
 
 import contextlib
-import errno
 import io
 import multiprocessing
 import os
@@ -24,12 +23,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import seed_everything
-from errors import InputError, first_line, let_the_first_speak, one_sentence, under_torchrun
+from errors import FULL_DISK, InputError, first_line, let_the_first_speak, one_sentence, survive_full_disk, under_torchrun
 from machine import usable_cores
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
-BAD_INPUT, STOPPED = 2, 128 + signal.SIGTERM  # exit codes: of a process that refuses what it was given; see exit_code()
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+BAD_INPUT, STOPPED = 2, 128 + signal.SIGTERM  # exit codes: of a process that refuses what it was given; of one that SIGTERM ended too early
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # 1: torchrun opens a new store at each start, not one that knows dead addresses
 INTERFACE = "GLOO_SOCKET_IFNAME"  # names the network interface by which the processes talk
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # the one that leads back to this machine
@@ -87,27 +85,12 @@ def hold_ctrl_c(hold: bool) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-class Log:
-    """A stream whose file may be on a full disk: then what is printed is lost, but not the training."""
+class Stopped(Exception):
+    """SIGTERM ended a training after `step` of `steps`; whether what it had reached is `kept` in a checkpoint."""
 
-    def __init__(self, stream) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        return self.unless_full(self.stream.write, text)
-
-    def flush(self) -> None:
-        self.unless_full(self.stream.flush)
-
-    def unless_full(self, call, *words):
-        try:
-            return call(*words)
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
+    def __init__(self, step: int, steps: int, kept: bool) -> None:
+        super().__init__(f"SIGTERM: stopped after step {step} of {steps}{'; -resume goes on from here' if kept else ''}")
+        self.kept = kept
 
 
 def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
@@ -115,8 +98,8 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
     args.num_threads = args.num_threads or max(1, usable_cores() // local_processes(args))
     torch.set_num_threads(args.num_threads)
     seed_everything(args.seed)
-    sys.stdout, sys.stderr = Log(sys.stdout), Log(sys.stderr)
     if store:
+        survive_full_disk()
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a shell script
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the parent speaks
         hold_ctrl_c(False)
@@ -125,13 +108,20 @@ def run_rank(worker, args, rank: int, store: Path | None = None) -> None:
             os.environ.setdefault(INTERFACE, LOOPBACK[sys.platform])  # needs no host name that resolves, no firewall
     if store or dist.is_torchelastic_launched():  # else a shell, perhaps, that may end before
         threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    leave(recorded()(worker, args, rank, store) or 0)
+    recorded()(worker, args, rank, store)
+    leave(0)
 
 
-def run_or_say_why(worker, args, rank: int, store: Path | None) -> int | None:
-    """Join the group, run worker(args), leave the group. What ends it otherwise is said in a sentence; exit code 1, for bad input 2."""
+def run_or_say_why(worker, args, rank: int, store: Path | None) -> None:
+    """Join the group, run worker(args), leave the group. What ends it early is said in a sentence; exit code 1, BAD_INPUT or STOPPED."""
     try:
-        return join_and_run(worker, args, rank, store)
+        join_and_run(worker, args, rank, store)
+    except Stopped as stopped:
+        if rank == 0:
+            print(stopped)
+        # Not 0 under torchrun, which would take it for the training's end. If it was not told itself, it starts again, if it may: where
+        # another machine has gone, alone with --nnodes 1:2, else when that one is back.
+        leave(0 if stopped.kept and not under_torchrun() else STOPPED)
     except InputError as error:
         let_the_first_speak(rank if store else 0)  # one_sentence() itself waits under torchrun
         one_sentence(InputError, error, None)
@@ -168,14 +158,6 @@ def recorded():
     return record(run_or_say_why)
 
 
-def exit_code(kept: bool) -> int:
-    """Of a training that SIGTERM stopped: 0 where it is `kept` in a checkpoint, but never under torchrun, which would take 0 for its end.
-
-    So torchrun, if it was not told itself, starts again if it may: where another machine has gone, alone (--nnodes 1:2) or when it is back.
-    """
-    return 0 if kept and not under_torchrun() else STOPPED
-
-
 def leave(code: int) -> None:
     """End this process without taking Python apart.
 
@@ -188,7 +170,7 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def join_and_run(worker, args, rank: int, store: Path | None) -> int | None:
+def join_and_run(worker, args, rank: int, store: Path | None) -> None:
     if args.device.type == "cuda":
         args.device = torch.device("cuda", local_rank(rank) % torch.cuda.device_count())
         torch.cuda.set_device(args.device)
@@ -213,7 +195,7 @@ def join_and_run(worker, args, rank: int, store: Path | None) -> int | None:
             f"{INTERFACE}={os.environ.get(INTERFACE)} has no address on this machine, whose interfaces are {interfaces}"
         ) from error
     try:
-        return worker(args)
+        worker(args)
     finally:
         dist.destroy_process_group()
 

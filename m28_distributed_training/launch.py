@@ -16,12 +16,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from errors import InputError, under_torchrun
+from errors import InputError, survive_full_disk, under_torchrun
 from m28_distributed_training.group import BAD_INPUT, STOPPED, hold_ctrl_c, run_rank
 
 
 def launch(worker, args) -> None:
     """Run worker(args) in every process of the training; returns when all of them ended well, exits with 1 when one did not."""
+    survive_full_disk()
     if under_torchrun():
         run_rank(worker, args, int(os.environ["RANK"]))
     elif not run_processes(worker, args):

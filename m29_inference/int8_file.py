@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -62,7 +61,7 @@ def check_graph_file(file: Path) -> None:
         with zipfile.ZipFile(file) as parts:
             [bits] = [parts.read(name) for name in parts.namelist() if name.endswith(f"/{BITS}")]
             foreign = [part.filename for part in parts.infolist() if not is_ours(part, parts)]
-    except (*DAMAGED, struct.error, AttributeError, TypeError) as error:
+    except DAMAGED as error:
         raise InputError(f"{file} is damaged, or not a network that was kept with -save") from error
     if foreign:
         raise InputError(f"{file} is not a network that was kept with -save: {foreign[0]} could run any code when it is read")

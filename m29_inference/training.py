@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import io
 import math
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -185,7 +184,7 @@ def restore(file: Path | None, network: nn.Module, optimizer: torch.optim.Optimi
         optimizer.load_state_dict(kept["optimizer"])
         print(f"{len(kept['rows'])} epochs were trained before: {display_path(file)}")
         return kept["rows"]
-    except (*DAMAGED, TypeError, pickle.UnpicklingError):  # or of other widths
+    except DAMAGED:  # or of other widths
         network.load_state_dict(fresh)
         return []
 

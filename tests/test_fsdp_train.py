@@ -3,15 +3,17 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import stress_ddp
 import torch
 import torch.distributed as dist
-from conftest import PATIENCE_S, ROOT
+from conftest import PATIENCE_S, ROOT, end
 from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
 
 from cifar10 import ConvNet, load_cifar10
@@ -71,6 +73,17 @@ def test_accumulating_in_bfloat16_gathers_for_every_micro_batch_and_ends_with_dd
     P, head = 4 * 18_626 / 1e6, 4 * (32 * 10 + 10) / 1e6
     assert (ddp["ring_mb"], sharded["formula_mb"]) == (P, 2.5 * P)  # two micro-batches gather twice each, and one reduce-scatter
     assert sharded["ring_mb"] == pytest.approx(2.5 * P - 2 * head / 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_stopped_while_it_compares_it_saves_no_half_of_it(start_in_fork, tmp_path):
+    process = start_in_fork(SCRIPT, *FLAGS[2:], "-steps", 150, COURSE_RESULTS=str(tmp_path))
+    while "DDP:" not in process.output()[1] and process.is_alive():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    said, _ = end(process)
+    assert process.exitcode == 1 and "SIGTERM: stopped after step" in said and "parameters sha256" not in said
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
