@@ -85,12 +85,12 @@ def check(args) -> None:
             f"-batch_size {args.batch_size} does not divide into {micro} equal micro-batches ({world_size(args)} processes x "
             f"-accumulate {args.accumulate}): give a multiple of {micro}"
         )
-    # found, fetched or drawn before a process waits for the others; under torchrun train() says which
-    with contextlib.redirect_stdout(io.StringIO()) if under_torchrun() else contextlib.nullcontext():
-        load_cifar10(args.data, args.batch_size)
     args.every = args.every or EVERY
     if args.checkpoint:
         check_file(args.checkpoint, args.resume)
+    # found, fetched or drawn before a process waits for the others; under torchrun train() says which
+    with contextlib.redirect_stdout(io.StringIO()) if under_torchrun() else contextlib.nullcontext():
+        load_cifar10(args.data, args.batch_size)
 
 
 def run_settings(args, data: Images, steps: int, script: str = "ddp_train") -> dict:

@@ -141,7 +141,7 @@ def plot_error(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, b
     for side in (-0.5, 0.5):
         right.axvline(side, color="tab:red", linestyle="--", label="scale / 2" if side > 0 else None)
     right.set(xlabel="error / scale, inside the range", ylabel="values")
-    right.legend()
+    right.legend(loc="lower center")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure
 
