@@ -50,9 +50,14 @@ def count_macs(model: nn.Module, resolution: int) -> dict[str, float]:
     """GMACs of one image by two counters. ptflops' aten backend does not see inside attention, torch's counter does."""
     shape = (3, resolution, resolution)
     options = {"backend": "aten", "as_strings": False, "print_per_layer_stat": False, "verbose": False}
-    with torch.no_grad():  # else all that backward() would need were kept
-        # on a copy, for it leaves its hooks; with an outline it would see attention, which its users do not
-        macs, _ = get_model_complexity_info(copy.deepcopy(model), shape, **options)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # attention as one operation, of which ptflops would not count anything
+    try:
+        with torch.no_grad():  # else all that backward() would need were kept
+            # on a copy, for it leaves its hooks; with an outline it would see attention, which its users do not
+            macs, _ = get_model_complexity_info(copy.deepcopy(model), shape, **options)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     if macs is None:
         raise InputError("ptflops could not count this network's MACs, perhaps for lack of memory: see what it says above")
     return {"ptflops": macs / 1e9, "flop_counter": gmacs(outline(model), resolution)}

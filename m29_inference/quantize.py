@@ -128,11 +128,12 @@ def plot_error(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, b
     """Left: the levels as steps over the values; right: the histogram of the error against its bound, half a scale."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     smallest, largest = dequantize(torch.tensor(levels(bits)), scale, zero_point).tolist()
-    line = torch.linspace(smallest * 1.3, largest * 1.3, 2000)
+    beyond = 0.15 * (largest - smallest)  # shown on either side of the range
+    line = torch.linspace(smallest - beyond, largest + beyond, 2000)
     left.plot(line, line, "--", color="grey", linewidth=1, label="x")
     left.plot(line, dequantize(quantize(line, scale, zero_point, bits), scale, zero_point), color="tab:blue", label=f"x in {bits} bits")
-    left.axvspan(largest, largest * 1.3, color="tab:red", alpha=0.1, label="saturates")
-    left.axvspan(smallest * 1.3, smallest, color="tab:red", alpha=0.1)
+    left.axvspan(largest, largest + beyond, color="tab:red", alpha=0.1, label="saturates")
+    left.axvspan(smallest - beyond, smallest, color="tab:red", alpha=0.1)
     left.set(xlabel="x", ylabel="x quantized and back")
     left.legend()
     inside = x[(x >= smallest) & (x <= largest)]
@@ -192,8 +193,6 @@ def main(args) -> list[dict]:
 
 ONE_TENSOR = ("bits", "clip")
 NETWORK = ("layers", "profile", "batch_sizes", "threads", "calibration", "pretrained", "data", "save", "load", "peers")
-
-
 UNUSED = {"layers": ("batch_sizes", "threads", "save", "load", "peers"), "profile": ("save", "load", "peers")}
 
 
@@ -238,7 +237,7 @@ if __name__ == "__main__":
     args = parse(parser)
     refuse_idle_flags(parser, args)
     every = [1] if args.quick else sorted({1, usable_cores()})
-    args.threads = args.threads or ([args.num_threads] if args.num_threads else every)
+    args.threads = list(dict.fromkeys(args.threads or ([args.num_threads] if args.num_threads else every)))
     run = main
     if args.model:
         from m29_inference.quantize_layers import sensitivity  # which imports this file

@@ -10,6 +10,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from cifar10 import normalize
 from common import print_table, save_figure
+from errors import InputError
 from m29_inference import quantize
 from m29_inference.int8 import import_quantizer, quantize_network
 from m29_inference.quantize_cost import relative
@@ -38,9 +39,7 @@ def sensitivity(args) -> list[dict]:
     for kept in tqdm([None, *(layers[:2] if args.quick else layers)], "layers"):
         int8 = quantize_network(network, calibration, (kept,) if kept else ())
         weights = sum(value.dtype == torch.int8 for value in int8.state_dict().values())
-        if (
-            kept and weights == rows[0]["int8_weights"]
-        ):  # a network may take a layer's weights without calling the layer, as torchvision's Swin does
+        if kept and weights == rows[0]["int8_weights"]:  # it does not run, or only its weights are used, as in torchvision's Swin
             untouched.append(kept)
             continue
         with torch.inference_mode():
@@ -50,11 +49,13 @@ def sensitivity(args) -> list[dict]:
         rows.append(row | {"accuracy": (ours.argmax(1) == labels).double().mean().item() if data else None})
     shown = [rows[0], *sorted(rows[1:], key=lambda row: row["error"])]
     print_table([{key: value for key, value in row.items() if key not in ("measured", "model")} for row in shown])
+    if untouched:
+        print(f"left out, because the graph does not call them as layers, so that nothing changes: {', '.join(untouched)}")
+    if not rows[1:]:
+        raise InputError("none of these layers can be kept in float32: leave -quick out to try all")
     best = min(rows[1:], key=lambda row: row["error"])
     saved = 1 - best["error"] / rows[0]["error"]
     others = "of the two that were tried" if args.quick else "layer"
-    if untouched:
-        print(f"left out, because the graph does not know them as layers and converts them all the same: {', '.join(untouched)}")
     print(f"kept in float32, {best['kept_float32']} takes away {saved:.0%} of the error of the logits; any other {others} less")
     save_figure(plot_layers(rows, "relative error of the logits"), quantize.__file__, "layers", args, f"{len(images)} images")
     return rows

@@ -2,8 +2,8 @@
 
 AOTInductor can write a mark into its C++ around each call (cpp.enable_kernel_profile, Linux and Windows), which torch.profiler then
 times. The C++ also says which layer a call belongs to, by the name of its bias. Everything else that is marked is no layer: pooling,
-additions, quantizing the image, attention's products. What lies between the marks is the whole run, timed without the profiler, less
-their sum: as uncertain as both.
+additions, quantizing the image, attention's products. What lies between the marks is a whole run, timed without the profiler, less
+their sum in a run timed with it, in turn: as uncertain as both.
 """
 
 import os
@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,7 +37,6 @@ from m29_inference.quantize_linear import with_plain_attention
 from m29_inference.quantize_setup import BATCH_SIZES, load_network, say_seven_bits
 from m29_inference.torchvision_networks import fitting_batch
 from m29_inference.training import CPU
-from timing import measure_alternately
 
 REPEATS = 15
 BIAS = re.compile(r"temporary_reference\((\w+?)(?:_weight)?_bias\w*\.get")
@@ -57,35 +57,48 @@ def layers_of_calls(calls: list[str], layers: list[str]) -> list[str]:
     return names
 
 
-def marked_runs(function, images: torch.Tensor, repeats: int) -> list[list]:
-    """What torch.profiler saw of each of `repeats` runs: (name, milliseconds) of each marked call, the same calls in every run."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library would talk about the GPU that is not there
+def marked_run(function, images: torch.Tensor) -> list[tuple[str, float]]:
+    """What torch.profiler saw of one run: (name, milliseconds) of each marked call."""
     with quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(repeats):
+        for _ in range(2):  # the first one behind the profiler's start is slower
             function(images)
     events = sorted((event for event in profile.events() if event.cpu_parent is None), key=lambda event: event.time_range.start)
-    calls = [(event.name, event.cpu_time_total / 1e3) for event in events]
-    each = len(calls) // repeats
-    runs = [calls[run * each :][:each] for run in range(repeats)]
-    if not each or len(calls) % repeats or any([name for name, _ in run] != [name for name, _ in runs[0]] for run in runs):
+    calls = [(event.name, event.cpu_time_total / 1e3) for event in events]  # microseconds -> milliseconds
+    before, run = calls[: len(calls) // 2], calls[len(calls) // 2 :]
+    if not run or [name for name, _ in before] != [name for name, _ in run]:
         raise InputError("torch.profiler did not see the same marked calls in every run: no profile")
-    return runs
+    return run
 
 
-def measure(int8: nn.Module, images: torch.Tensor, repeats: int) -> tuple[float, list[list], list[str]]:
-    """Milliseconds of a whole run, the marked calls of each run, and the C++ of the int8 calls."""
+def whole_run(function, images: torch.Tensor) -> float:
+    """Milliseconds of one run without the profiler, after another one that warms up."""
+    function(images)
+    begin = time.perf_counter()
+    function(images)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def measure(int8: nn.Module, images: torch.Tensor, repeats: int) -> tuple[list[float], list[list], list[str]]:
+    """In turn, `repeats` times: milliseconds of a whole run, and the marked calls of another; and the C++ of the int8 calls."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library would talk about the GPU that is not there
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps a library that is in use
         file = compile_to_file(int8, images, Path(folder, "int8.pt2"), marked=True)
         function = load_compiled(file)
         with torch.inference_mode():
-            whole = measure_alternately({"int8": lambda: function(images)}, CPU, repeats)["int8"].median_ms
-            return whole, marked_runs(function, images, repeats), int8_calls(file)
+            rounds = [(whole_run(function, images), marked_run(function, images)) for _ in range(repeats + 1)][1:]  # the first warms up
+        wholes, runs = zip(*rounds, strict=True)
+        if any([name for name, _ in run] != [name for name, _ in runs[0]] for run in runs):
+            raise InputError("torch.profiler did not see the same marked calls in every run: no profile")
+        return wholes, runs, int8_calls(file)
 
 
 def profile_rows(network: nn.Module, int8: nn.Module, images: torch.Tensor, repeats: int) -> list[dict]:
-    """A row for each marked call, and one for what lies between: median milliseconds of a batch, GMACs, their rate, share of the time."""
+    """A row for each marked call, and one for what lies between: median milliseconds of a batch, GMACs, their rate, share of the time.
+
+    The last one has the rounds' differences, too (`runs_ms`), for they may be noise.
+    """
     work = gmacs_by_layer(network, images)
-    whole, runs, calls = measure(int8, images, repeats)
+    wholes, runs, calls = measure(int8, images, repeats)
     if not calls:
         raise InputError("the compiled code contains no int8 operation, torch has none for this processor: there is nothing to profile")
     layers, rows = iter(layers_of_calls(calls, list(work))), []
@@ -94,8 +107,9 @@ def profile_rows(network: nn.Module, int8: nn.Module, images: torch.Tensor, repe
         layer = next(layers) if re.match("aoti_torch_cpu__q(conv|linear)", name) else None
         row = {"measured": "profile", "layer": layer or re.sub(r"^graph_\d+_", "", name), "latency_ms": ms}
         rows.append(row | {"gmacs": work.get(layer), "gmacs_per_s": work[layer] / ms * 1e3 if layer else None})
-    between = max(0.0, whole - sum(row["latency_ms"] for row in rows))
-    rows.append({"measured": "profile", "layer": "between the calls", "latency_ms": between, "gmacs": None, "gmacs_per_s": None})
+    between = [whole - sum(ms for _, ms in run) for whole, run in zip(wholes, runs, strict=True)]
+    last = {"measured": "profile", "layer": "between the calls", "latency_ms": max(0.0, statistics.median(between))}
+    rows.append(last | {"gmacs": None, "gmacs_per_s": None, "runs_ms": between})
     total = sum(row["latency_ms"] for row in rows)
     return [row | {"share": row["latency_ms"] / total} for row in rows]
 
@@ -116,7 +130,7 @@ def profile(args) -> list[dict]:
     setting, repeats = f"batch {batch}, threads {args.threads[0]}", 3 if args.quick else REPEATS
     print(f"{setting}: converting to int8, compiling, {repeats} runs")
     rows = profile_rows(network, quantize_network(network, calibration), images, repeats)
-    print_table([{key: value for key, value in row.items() if key != "measured"} for row in rows])
+    print_table([{key: value for key, value in row.items() if key not in ("measured", "runs_ms")} for row in rows])
     say(rows)
     save_figure(plot(rows, args.model), quantize.__file__, "profile", args, f"{setting}, median of {repeats} runs")
     return [{"model": args.model, "batch": batch, "threads": args.threads[0], **row} for row in rows]
@@ -125,7 +139,11 @@ def profile(args) -> list[dict]:
 def say(rows: list[dict]) -> None:
     """What the layers' share means, and which layer loses most time against the rate of this network's best one."""
     layers = [row for row in rows if row["gmacs"]]
-    share = sum(row["share"] for row in layers)
+    share, between = sum(row["share"] for row in layers), rows[-1]["runs_ms"]
+    told = "" if min(between) > 0 else ": noise, no telling it from none"
+    print(
+        f"between the calls {statistics.median(between):.3f} ms (in {len(between)} rounds {min(between):.3f} to {max(between):.3f}{told})"
+    )
     print(f"{share:.1%} of the time is spent in int8 layers: if all the rest took none, it would be {1 / share:.2f} times as fast")
     best = max(layers, key=lambda row: row["gmacs_per_s"])
     lost = {row["layer"]: row["share"] * (1 - row["gmacs_per_s"] / best["gmacs_per_s"]) for row in layers}

@@ -122,4 +122,4 @@ def fitting_batch(model: nn.Module, name: str, resolution: int, batch: int, devi
 
 def hint_resolution(name: str) -> str:
     trained = published_resolution(torchvision.models.get_model_weights(name).DEFAULT)
-    return f"it was made for {trained}, Vision Transformers take no other, the rest none much smaller"
+    return f"it was made for {trained}, some networks take no other, the rest none much smaller"

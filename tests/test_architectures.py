@@ -51,7 +51,9 @@ def test_a_counter_that_misses_attention_is_marked():
     model, weights = torchvision_networks.build("vit_b_16", False, CPU)
     row = architectures.describe("vit_b_16", model, weights, 224)
     assert row["note"] == "ptflops sees attention in part" and row["gmacs"] == pytest.approx(17.564, abs=0.001)
-    assert architectures.describe("vit_b_16", model, weights, 224)["gmacs_published"] == 17.564
+    assert row["gmacs_published"] == 17.564
+    products = 12 * 2 * 197 * 197 * 768 / 1e9  # of 12 layers: q k' and the weights times v, for 197 tokens of 768 numbers
+    assert row["gmacs_ptflops"] == pytest.approx(17.564 - products, abs=0.02) and torch.backends.mha.get_fastpath_enabled()
 
 
 def test_why_the_counters_differ_is_said():
@@ -176,13 +178,21 @@ def test_a_batch_too_large_for_the_memory_is_made_smaller(monkeypatch, capsys):
 
 
 def test_all_networks_are_timed_with_the_batch_that_fits_all(monkeypatch):
-    monkeypatch.setattr(architectures, "fitting_batch", lambda model, name, pixels, batch, *_: min(batch, 3 if name == "resnet18" else 9))
+    reserved = []
+
+    def fitting(model, name, pixels, batch, device, bytes_before=0):
+        reserved.append(bytes_before)
+        return min(batch, 3 if name == "resnet18" else 9)
+
+    monkeypatch.setattr(architectures, "fitting_batch", fitting)
     timed = {"latency_ms": 1.0, "runs_ms": [1.0]}
     monkeypatch.setattr(architectures, "time_in_turn", lambda inputs, device: dict.fromkeys(inputs, timed))
     args = SimpleNamespace(models=["mobilenet_v3_small", "resnet18"], resolution=64, batch_sizes=[1, 8], quick=False, pretrained=False)
     args.device = CPU
     rows = architectures.measure_all(args)
     assert [(row["batch"], row["model"]) for row in rows] == [(batch, name) for batch in (1, 3) for name in args.models]
+    copies = sum(row["parameters"] for row in rows[:2]) * 4  # bytes of both networks' weights, once more in the other layout
+    assert reserved[:2] == [0, 0] and set(reserved[2:]) == {copies}
 
 
 def test_the_estimated_memory_is_three_times_what_the_largest_layer_reads_and_writes():

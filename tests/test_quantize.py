@@ -71,6 +71,8 @@ def test_errors_average_out_and_channels_help():
     sums = exercise.errors_of_sums(8, torch.Generator().manual_seed(0))
     growth = sums[-1]["rms_error"] / sums[0]["rms_error"]  # 1,024 times as many products
     assert 20 < growth < 50
+    # each factor is off by an error of variance scale^2 / 12 and has variance 1, so a product is off by twice that
+    assert sums[0]["rms_error"] == pytest.approx(10 / 255 * (16 * 2 / 12) ** 0.5, rel=0.1)
     tensor, channel = exercise.errors_by_granularity(8, torch.Generator().manual_seed(0))
     assert channel["worst_channel_error"] < tensor["worst_channel_error"] / 10
     eight, four, _ = exercise.errors_by_bits(x := numbers(10_000), x.min(), x.max())
@@ -97,6 +99,8 @@ def test_the_run_of_a_learner(run_script, results):
     assert "DeprecationWarning" not in done.stderr
     rows = json.loads((results / "quantize.json").read_text())["rows"]
     assert {row["measured"] for row in rows} == {"bits", "granularity", "sum"}
+    [eight] = [row for row in rows if row.get("bits") == 8]
+    assert f"scale {eight['scale']:.6f}, zero point" in done.stdout  # -clip reaches the table of bits
     assert all((results / f"quantize_{name}.png").exists() for name in ("error", "sums"))
 
 
