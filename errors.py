@@ -58,11 +58,18 @@ def one_sentence(kind: type, error: BaseException, trace) -> None:
         )
     elif isinstance(error, OSError) and error.errno in FULL_DISK:
         print(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run again", file=sys.stderr)
+    elif issubclass(kind, RuntimeError) and asks_too_much(text):
+        print("error: more memory was asked for than there is: take a smaller network or a smaller batch", file=sys.stderr)
     elif text.startswith("DataLoader worker") or (receiving and issubclass(kind, OSError | EOFError)):
         reason = text.splitlines()[0].rstrip(".") if text.startswith("DataLoader") else "a DataLoader worker ended while it sent a batch"
         print(f"error: {reason}: memory ran out, most likely; try fewer workers or a smaller batch", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def asks_too_much(text: str) -> bool:
+    """Whether a RuntimeError of torch says that there is less memory than was asked for."""
+    return any(sign in text for sign in ("can't allocate memory", "Storage size calculation overflowed", "CUDA out of memory"))
 
 
 def nobody_listens() -> bool:

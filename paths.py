@@ -48,7 +48,8 @@ def check_file_place(flag: str, file: Path) -> None:
     check_writable(file.parent)  # first: in a folder that may not be entered even is_dir() fails
     try:
         folder, other = file.is_dir(), file.exists() and not file.is_file()
-    except OSError as error:  # the name is too long
+        temporary_name(file.resolve()).exists()
+    except OSError as error:  # the name is too long, or that under which the file is written
         raise InputError(f"{flag} {file.name[:40]}... cannot be a file ({error.strerror}): give another name") from error
     if folder or other:
         raise InputError(f"{flag} {file} is {'a folder' if folder else 'no ordinary file'}: give a file")
@@ -70,7 +71,8 @@ def atomic_path(path: Path):
 
     What a process left that was killed while it wrote is removed by the next one that writes the same file.
     """
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part{path.suffix}")
+    path = path.resolve()  # of a link: what it leads to, or the link would be replaced
+    temporary = temporary_name(path)
     check_writable(path.parent)
     temporary.touch()
     remove_left(path.parent, glob.escape(path.name))
@@ -81,6 +83,10 @@ def atomic_path(path: Path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part{path.suffix}")
 
 
 def check_zip(file: Path) -> None:

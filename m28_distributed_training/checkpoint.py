@@ -42,9 +42,13 @@ def check_file(file: Path, resume: bool) -> None:
 
 
 def save_checkpoint(file: Path, state: dict) -> bool:
-    """Write `state` on the first process of each machine; False, and a warning, where the disk is full: the old file then stays."""
+    """Write `state` on the first process of each machine; False, and a warning, where the disk is full: the old file then stays.
+
+    InputError where another run has written its own there since this one began.
+    """
     if local_rank(dist.get_rank()):
         return True
+    check_settings(file, saved_settings(file) or state["settings"], state["settings"])
     content = io.BytesIO()  # torch's own writer says nothing of a full disk when it fails on one
     torch.save({"format": FORMAT, **state}, content)
     try:
@@ -95,6 +99,14 @@ def read_checkpoint(file: Path) -> dict | str | None:
     if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= PARTS or not isinstance(state["settings"], dict):
         return f"-checkpoint {file} is not a checkpoint of these scripts: give another file"
     return state
+
+
+def saved_settings(file: Path) -> dict | None:
+    """Those of the run that wrote the file, without reading its numbers; None where there is none, or none that can be read."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["settings"]
+    except DAMAGED:
+        return None
 
 
 def check_settings(file: Path, saved: dict, wanted: dict) -> None:

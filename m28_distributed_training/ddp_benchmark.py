@@ -165,7 +165,8 @@ def end(groups: list[Group]) -> None:
 
 def benchmark(args) -> None:
     """Measure 1..N processes of one thread, and on a CPU one process of N threads, on the same global batch; table, figure, results."""
-    data = load_cifar10(args.data, args.batch_size)
+    with contextlib.redirect_stdout(io.StringIO()):  # check() has said which
+        data = load_cifar10(args.data, args.batch_size)
     parameters = parameter_bytes(ConvNet(args.widths, "group"))
     counts = [n for n in range(1, args.nproc + 1) if args.batch_size % n == 0]
     threads = args.num_threads or max(1, usable_cores() // args.nproc)

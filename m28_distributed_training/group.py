@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
 from common import seed_everything
-from errors import FULL_DISK, InputError, first_line, let_the_first_speak, one_sentence, survive_full_disk, under_torchrun
+from errors import FULL_DISK, InputError, asks_too_much, first_line, let_the_first_speak, one_sentence, survive_full_disk, under_torchrun
 from machine import usable_cores
 
 LOST = ("closed by peer", "reset by peer", "Timed out", "timed out", "timeout", "Broken pipe", "remote process", "recvBytes")
@@ -134,7 +134,7 @@ def run_or_say_why(worker, args, rank: int, store: Path | None) -> None:
         one_sentence(OSError, error, None)  # the disk is full, and would be after a restart
         leave(BAD_INPUT)
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):
+        if asks_too_much(str(error)):
             print(f"error: rank {rank} asked for more memory than there is: give smaller -widths or a smaller -batch_size", file=sys.stderr)
             leave(BAD_INPUT)
         if "CUDA error" in str(error) or not any(sign in str(error) for sign in LOST):
@@ -203,7 +203,11 @@ def join_and_run(worker, args, rank: int, store: Path | None) -> None:
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """The store that torchrun's variables name, this process's rank and the number of processes."""
     try:
+        socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)  # torch says dozens of lines where a name does not resolve
         return next(dist.rendezvous("env://", timeout=timeout))
+    except socket.gaierror as error:
+        name = os.environ["MASTER_ADDR"]
+        raise InputError(f"no machine is known here by the name {name} ({error.strerror}): give its IP address as MASTER_ADDR") from error
     except ValueError as error:  # a variable is missing, or no port
         raise InputError(f"{str(error).rpartition(': ')[2].rstrip('.')}: start the processes with torchrun, which sets it") from error
     except (dist.DistNetworkError, dist.DistStoreError) as error:

@@ -54,7 +54,7 @@ def run_processes(worker, args) -> bool:
             return False
         if told and first.exitcode == -signal.SIGTERM:  # one that trains saves and ends well, this one had not begun
             print(f"SIGTERM: ended before the first step{'; -resume goes on' if args.checkpoint else ''}")
-            return True
+            return bool(args.checkpoint)  # without one it would be taken for done
         if first.exitcode > 0:
             print(f"{first.name} ended with exit code {first.exitcode}", file=sys.stderr, flush=True)
         if attempt < args.max_restarts:
@@ -64,7 +64,14 @@ def run_processes(worker, args) -> bool:
 
 
 def start_quietly(processes: list) -> None:
-    """Start them with Ctrl-C held back, which they inherit: they shall not speak of it while they import torch, the parent does."""
+    """Start them with Ctrl-C held back, which they inherit: they shall not speak of it while they import torch, the parent does.
+
+    The mask holds it back from this thread alone. torch has others, and Python would raise KeyboardInterrupt here for them, too: between
+    a process's start and its parent's note of it.
+    """
+    felt, handler = [], signal.getsignal(signal.SIGINT)
+    if handler == signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: felt.append(True))
     if sys.platform != "win32":
         resource_tracker.ensure_running()  # multiprocessing's own helper; its start would let Ctrl-C through
     hold_ctrl_c(True)
@@ -75,6 +82,10 @@ def start_quietly(processes: list) -> None:
         raise InputError(f"{process.name} could not be started ({error.strerror}): start fewer processes, with -nproc") from error
     finally:
         hold_ctrl_c(False)  # one that came meanwhile is felt here
+        if handler == signal.default_int_handler:
+            signal.signal(signal.SIGINT, handler)
+    if felt:
+        raise KeyboardInterrupt
 
 
 def watch(ranks: list):

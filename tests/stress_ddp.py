@@ -61,11 +61,11 @@ class Run:
                 self.step = int(steps[-1])
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train; beside them multiprocessing keeps one that cleans up, and torchrun is a parent itself."""
+        """The processes that train; beside them multiprocessing keeps one that cleans up, and an import asks ldconfig for libraries."""
         found = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):  # has ended just now
-                if "resource_tracker" not in " ".join(child.cmdline()):
+                if not any(other in " ".join(child.cmdline()) for other in ("resource_tracker", "ldconfig")):
                     found.append(child)
         return found
 

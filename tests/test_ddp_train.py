@@ -29,7 +29,7 @@ from conftest import PATIENCE_S, ROOT, end
 from PIL import Image
 from stress_ddp import EVERY, FLAGS, STEPS, parameters_of
 
-from cifar10 import ConvNet, Images, normalize
+from cifar10 import ConvNet, Images, augment, epoch_order, normalize
 from common import parse
 from errors import InputError
 from m28_distributed_training import checkpoint, ddp_benchmark, ddp_benchmark_report, ddp_train, fsdp_train, group, launch, training_flags
@@ -119,7 +119,7 @@ def test_torchrun_starts_the_same_file_and_repeats_the_run(undisturbed, tmp_path
 
 
 def test_micro_batches_cut_the_same_batch_in_any_way(monkeypatch):
-    data = Images(torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40) % 10, (), "noise")
+    data = Images(torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40), (), "noise")  # a label says which image
 
     def cut(world: int, accumulate: int, step: int) -> tuple[torch.Tensor, list[int]]:
         monkeypatch.setattr(dist, "get_world_size", lambda: world)
@@ -131,21 +131,28 @@ def test_micro_batches_cut_the_same_batch_in_any_way(monkeypatch):
         assert len(pairs) == world * accumulate
         return torch.cat([images for images, _ in pairs]), torch.cat([labels for _, labels in pairs]).tolist()
 
-    for step in (0, 1, 2):  # the third step begins the second epoch: 8 images of each are left over
+    seen = []
+    for step, (epoch, place) in enumerate([(0, 0), (0, 16), (1, 0)]):  # the third begins the second epoch: 8 images of each are left over
         images, labels = cut(1, 1, step)
-        assert images.shape == (16, 3, 32, 32)
+        seen.append(labels)
+        indices = epoch_order(0, epoch, 40)[place:][:16]
+        assert labels == indices.tolist()
+        assert torch.equal(images, normalize(augment(data.images[indices], indices, 0, epoch, 40)))
         for world, accumulate in ((2, 1), (1, 2), (4, 1), (2, 4)):
             other_images, other_labels = cut(world, accumulate, step)
             assert torch.equal(images, other_images) and labels == other_labels
+    assert not set(seen[0]) & set(seen[1]) and seen[0] != seen[2]
 
 
 def noise() -> tuple[torch.nn.Module, Images]:
-    """An untrained network and 1001 images, a number that no group of processes divides evenly."""
+    """An untrained network and 1001 images, which no number of processes divides evenly; its answers are the labels, so all are right."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (1001, 3, 32, 32), dtype=torch.uint8, generator=generator)
     torch.manual_seed(0)
     network = ConvNet((8, 16, 32), "group")
-    return network, Images(pixels, torch.randint(0, 10, (1001,), generator=generator), (), "noise")
+    with torch.no_grad():
+        labels = torch.cat([network(normalize(part)).argmax(1) for part in pixels.split(1)])  # one at a time: no batch rounds otherwise
+    return network, Images(pixels, labels, (), "noise")
 
 
 def work_in_groups(rank: int, folder: Path, counted, trained) -> None:
@@ -168,7 +175,11 @@ def train_and_go_on(rank: int, file: Path, data: Images, trained) -> None:
     ddp_train.load_cifar10 = lambda *_: {"train": data, "test": data}
     keep = ddp_train.save_checkpoint
     ddp_train.save_checkpoint = lambda file, state: state["step"] < 6 and keep(file, state)  # after the last one nothing is left to do
-    ddp_train.report = lambda args, data, network, row: rank or trained.put((ddp_train.fingerprint(network), row["bytes_per_step"]))
+    ddp_train.report = lambda args, data, network, row: rank or trained.put((ddp_train.fingerprint(network), *map(row.get, told)))
+    told, cut, now = ("bytes_per_step", "images_per_s"), ddp_train.micro_batches, itertools.count()
+    seconds = [next(now)]  # a clock on which every step takes one
+    ddp_train.micro_batches = lambda *given: (seconds.append(next(now)), cut(*given))[1]
+    ddp_train.time = SimpleNamespace(perf_counter=lambda: seconds[-1])
     args = arguments(*FLAGS, "-steps", 6, "-every", 4, "-batch_size", 64, "-accumulate", 2, "-checkpoint", file)
     for args.resume in (False, True):
         ddp_train.train(args)
@@ -190,16 +201,21 @@ def groups(processes, tmp_path_factory) -> SimpleNamespace:
 
 
 def test_each_test_image_is_counted_once_by_any_number_of_processes(groups):
-    network, data = noise()
-    with torch.inference_mode():
-        right = int((network(normalize(data.images)).argmax(1) == data.labels).sum())
-    assert groups.counted == [(world, right) for world in (1, 2, 3, 4) for _ in range(world)]
+    assert groups.counted == [(world, 1001) for world in (1, 2, 3, 4) for _ in range(world)]
 
 
 def test_four_processes_that_go_on_end_with_the_same_bits(groups):
     """Of two numbers there is one sum, of four there are several: DDP's buckets must be the same before and after."""
     whole, gone_on = groups.trained
     assert gone_on == whole and whole[1] == 4 * 18_626  # bytes a step, once for both micro-batches
+    assert whole[2] == 64  # images a second: those of all processes, once
+
+
+def test_an_all_reduce_is_timed_by_the_piece(alone, monkeypatch):
+    seconds = iter((0.0, 6.0))
+    monkeypatch.setattr(ddp_benchmark, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    steps = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    assert ddp_benchmark.Steps.allreduce(steps, 400) == 6.0 / ddp_benchmark.STEPS
 
 
 def test_the_benchmark_measures_processes_against_threads(run_in_fork, tmp_path):
@@ -295,6 +311,7 @@ def test_a_step_is_split_into_its_parts():
     times = {"step_s": 1.0, "compute_s": 0.9, "alone_s": 0.7, "allreduce_s": 0.2, "bytes": 8}
     runs = {(1, 1): [times | {"step_s": 1.6}], (2, 1): [times]}
     one, two = (ddp_benchmark.summary(shape, runs, 256, 8) for shape in runs)
+    assert (one["images_per_s"], two["images_per_s"]) == (160, 256)  # 256 of them in 1.6 s, and in one
     assert (two["speedup"], two["efficiency"], two["alone_ms"], two["compute_ms"], two["step_ms"]) == (1.6, 0.8, 700, 900, 1000)
     assert two["sharing_share"] == pytest.approx(0.2) and two["allreduce_share"] == pytest.approx(0.1)
     noisy = ddp_benchmark.summary(
@@ -331,14 +348,18 @@ def test_sigterm_saves_and_one_process_goes_on_and_then_two_to_the_same_bits(und
 
 
 @posix
-def test_sigterm_before_the_first_step_ends_all_and_starts_nothing_again(start_script, tmp_path):
-    process = start_script(SCRIPT, *SMALL, 100_000, "-checkpoint", tmp_path / "run.pt", "-max_restarts", "3")
+@pytest.mark.parametrize("kept", [True, False])
+def test_sigterm_before_the_first_step_ends_all_and_starts_nothing_again(start_script, tmp_path, kept):
+    """With 0 where -resume begins as if nothing had been; without a checkpoint a shell would take it for done."""
+    flags = ("-checkpoint", tmp_path / "run.pt", "-max_restarts", "3") if kept else ()
+    process = start_script(SCRIPT, *SMALL, 100_000, *flags)
     while process.poll() is None and len(stress_ddp.Run.ranks(SimpleNamespace(process=process))) < 2:
         time.sleep(0.01)
     ranks = stress_ddp.Run.ranks(SimpleNamespace(process=process))
     process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0 and "SIGTERM: ended before the first step; -resume goes on" in said
+    assert process.returncode == (0 if kept else 1)
+    assert f"SIGTERM: ended before the first step{'; -resume goes on' if kept else ''}\n" in said
     assert "starting all processes again" not in errors and psutil.wait_procs(ranks, timeout=1)[1] == []
 
 
@@ -708,6 +729,20 @@ def test_a_file_that_is_no_checkpoint_is_never_written_over(saved, tmp_path):
 
 def test_another_number_of_processes_may_take_over_two_micro_batches():
     checkpoint.check_settings(Path("run.pt"), {"world": 2, "micro_batches": 2}, {"world": 1, "micro_batches": 2})
+    with pytest.raises(InputError, match="with 3 micro-batches a step the sum would be taken in another order"):
+        checkpoint.check_settings(Path("run.pt"), {"world": 3, "micro_batches": 3}, {"world": 1, "micro_batches": 3})
+
+
+def test_what_another_run_has_written_meanwhile_is_not_written_over(saved, monkeypatch):
+    ours = {"step": 2, "settings": saved.settings | {"seed": 1}, **saved.state}
+    before = saved.file.read_bytes()
+    with pytest.raises(InputError, match="belongs to another run: seed 0 there and 1 here; give the same flags or another file"):
+        checkpoint.save_checkpoint(saved.file, ours)
+    assert saved.file.read_bytes() == before
+    for left in (b"no zip", b"PK\3\4 and then nothing"):  # of no run
+        saved.file.write_bytes(left)
+        assert checkpoint.save_checkpoint(saved.file, ours)
+    assert checkpoint.read_checkpoint(saved.file)["step"] == 2
 
 
 def test_a_run_that_cannot_resume_ends_with_one_sentence_and_leaves_the_file(saved, run_in_fork):
@@ -813,7 +848,7 @@ def full_disk(*_, **__):
 def test_on_a_full_disk_the_old_checkpoint_stays(saved, monkeypatch, capsys):
     before = saved.file.read_bytes()
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    assert checkpoint.save_checkpoint(saved.file, {"step": 7}) is False
+    assert checkpoint.save_checkpoint(saved.file, {"step": 7, "settings": saved.settings}) is False
     said = capsys.readouterr().err
     assert said.startswith(f"warning: no checkpoint at step 7: {saved.file} cannot be written (No space left on device)")
     assert said.count("\n") == 1
@@ -837,7 +872,7 @@ def largest_file(size: int):
 def test_a_write_that_really_comes_up_short_is_survived(saved, capsys):
     before = saved.file.read_bytes()
     with largest_file(100_000):
-        written = checkpoint.save_checkpoint(saved.file, {"step": 7, "noise": torch.rand(1_000_000)})
+        written = checkpoint.save_checkpoint(saved.file, {"step": 7, "settings": saved.settings, "noise": torch.rand(1_000_000)})
     assert written is False and "the training goes on" in capsys.readouterr().err
     assert saved.file.read_bytes() == before and list(saved.file.parent.iterdir()) == [saved.file]
 
@@ -879,6 +914,7 @@ def test_a_wrong_flag_ends_with_2_and_one_line(capsys, flags, said):
         (["-checkpoint", f"{__file__}/run.pt"], "cannot write to"),
         (["-checkpoint", os.devnull], "is no ordinary file: give a file"),
         (["-checkpoint", "x" * 300], r"cannot be a file \(.*\): give another name"),
+        (["-checkpoint", "x" * 248], r"cannot be a file \(.*\): give another name"),  # the name while it is written is longer
         (["-max_restarts", "1"], "-max_restarts is about a checkpoint: give -checkpoint FILE, too"),
     ],
 )
@@ -931,6 +967,14 @@ def test_a_machine_that_is_not_reached_is_no_rank_that_ended(start_in_fork, free
     _, said = end(process)
     assert f"error: rank {rank} and the others have not met at 127.0.0.1, port {free_port} (" in said
     assert process.exitcode == group.BAD_INPUT and "ended first" not in said
+
+
+@posix
+def test_a_machine_whose_name_is_not_known_is_a_sentence(start_in_fork, free_port):
+    process = start_in_fork(SCRIPT, *SMALL, 3, "-timeout_s", 2, **as_rank(0, free_port) | {"MASTER_ADDR": "nowhere.invalid"})
+    _, said = end(process)
+    assert "error: no machine is known here by the name nowhere.invalid (" in said and said.count("\n") == 1
+    assert process.exitcode == group.BAD_INPUT
 
 
 @posix

@@ -1,12 +1,15 @@
 """dp_train.py and traffic.py: the bytes by hand, by formula and counted; one device's gradients; nothing said about DP's speed here."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from cifar10 import ConvNet
+from cifar10 import ConvNet, Images
+from m28_distributed_training import dp_train
 from m28_distributed_training.dp_train import sizes, traced_step
 from m28_distributed_training.traffic import ddp_bytes, dp_bytes, fsdp_bytes, traffic_table
 
@@ -73,6 +76,20 @@ def test_the_traced_gradients_are_one_devices(batch, k):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize(("left_out", "k"), [(0, 2), (0, 128), (1, 2), (1, 128)])
+def test_a_traced_step_that_leaves_an_image_out_is_noticed(monkeypatch, capsys, left_out, k):
+    data = {"train": Images(torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8), torch.arange(128) % 10, (), "noise")}
+    args = SimpleNamespace(widths=(8, 16, 32), device=torch.device("cpu"), devices=k, batch_size=128, seed=0)
+    torch.manual_seed(0)
+
+    def traced(network, images, labels, k):
+        return traced_step(network, images[left_out:], labels[left_out:], k)
+
+    monkeypatch.setattr(dp_train, "traced_step", traced)
+    with pytest.raises(RuntimeError, match="does not compute what one device computes") if left_out else contextlib.nullcontext():
+        assert dp_train.trace(args, data)[0]["devices"] == k
+
+
 @no_gpu
 def test_the_courses_two_lines_call_the_network_itself(batch):
     model = ConvNet((8, 16, 32), "group")
@@ -105,6 +122,7 @@ def test_what_cannot_work_is_said(check_refusals):
     cases = {
         (*SMALL, "-devices", "3"): (1, "error: -devices 3 does not divide -batch_size 128: every device takes an equal part\n"),
         (*SMALL, "-batch_size", "10002"): (1, "a batch of 10002 images is more than the 10,000 training images of the drawn sample\n"),
+        (*SMALL, "-lr", "1e30", "-steps", "4"): (1, "error: the training failed, its loss is nan after 4 steps: lower its -lr, 1e+30\n"),
         (*SMALL, "-device_ids", "0", "0"): (1, "error: -device_ids 0 0: each GPU can be given once\n"),
         (*SMALL, "-device_ids", "0", "1"): (1, "error: -device_ids 0: no CUDA device is in use here\n"),
     }

@@ -23,6 +23,10 @@ from paths import ROOT, check_file_place
             PermissionError(errno.EACCES, "Permission denied", "closed/x"),
             "error: closed/x may not be read or written (Permission denied): ",
         ),
+        *(
+            (RuntimeError(text), "error: more memory was asked for than there is")
+            for text in ("can't allocate memory: you", "CUDA out of memory.")
+        ),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "error: DataLoader worker (pid 7) is killed"),
     ],
 )

@@ -20,6 +20,17 @@ def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a right there to make a link")
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    link, file = tmp_path / "link.pt", tmp_path / "large_disk" / "real.pt"
+    link.symlink_to(file)
+    with paths.atomic_path(link) as temporary:
+        assert temporary.parent == file.parent  # a file cannot be moved to another disk in one step
+        temporary.write_text("new")
+    assert link.is_symlink() and file.read_text() == "new"
+
+
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "file")
