@@ -157,7 +157,7 @@ def say(rows: list[dict]) -> None:
 def plot(rows: list[dict], model: str) -> plt.Figure:
     """Left: milliseconds of each call, in order; right: the rate of each layer."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.5 + 0.24 * len(rows)), sharey=True)
-    names = [f"{number}. {row['layer'][:34]}" for number, row in enumerate(rows, 1)]
+    names = [f"{number}. {row['layer'].removeprefix('cpp_fused_')[:50]}" for number, row in enumerate(rows, 1)]
     left.barh(names, [row["latency_ms"] for row in rows], color=["tab:blue" if row["gmacs"] else "tab:grey" for row in rows])
     right.barh(names, [row["gmacs_per_s"] or 0 for row in rows], color="tab:blue")
     left.invert_yaxis()
