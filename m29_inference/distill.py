@@ -151,7 +151,8 @@ def compare(args, data: dict[str, Images], teacher: Teacher, epochs: int | None)
     table[-1]["step_ratio"] = say_cost(steps, args.device)
     note = f"{len(args.seeds)} seeds, {len(data['train']):,} images of {data['train'].name}"
     save_figure(plot_curves(curves, table[0]["accuracy"]), __file__, "curves", args, note)
-    save_figure(plot_knowledge(data["test"], answers, args.temperature), __file__, "knowledge", args, f"{len(answers):,} test images")
+    note = f"{len(answers):,} test images, T = {args.temperature:g}"
+    save_figure(plot_knowledge(data["test"], answers, args.temperature), __file__, "knowledge", args, note)
     return table
 
 
@@ -245,4 +246,5 @@ if __name__ == "__main__":
     if len(args.seeds) < 2 or len(set(args.seeds)) < len(args.seeds):
         parser.error("argument -seeds: at least two are needed to tell a gain from chance, each another one")
     rows = main(args)
+    print("-quick shows how it runs: after so few steps accuracies and gains mean nothing\n" if args.quick else "", end="")
     save_results(__file__, args, rows)

@@ -97,31 +97,35 @@ def plot_knowledge(data: Images, logits: torch.Tensor, temperature: float) -> pl
     """Left: the mean of the teacher's softened classes over the images of each class, without the class itself; right: unsure images."""
     soft = (logits / temperature).softmax(1)
     labels = data.labels[: len(soft)]
-    similar = torch.stack([soft[labels == label].mean(0) for label in range(len(data.classes))])
+    similar = torch.stack([soft[labels == label].mean(0) for label in range(len(data.classes))]).nan_to_num(0)  # of a class without images
     similar.fill_diagonal_(0)
-    tell_similar(similar, data.classes)
+    tell_similar(similar, data.classes, temperature)
     figure = plt.figure(figsize=(11, 5.2))
     left, *places = figure.subplot_mosaic([["map", "map", "0", "1", "2"], ["map", "map", "3", "4", "5"]]).values()
-    picture = left.imshow(similar / similar.sum(1, keepdim=True), cmap="Blues")
+    picture = left.imshow((similar / similar.sum(1, keepdim=True).clamp(min=1e-9)).numpy(), cmap="Blues")
     left.set(xticks=range(len(data.classes)), yticks=range(len(data.classes)), yticklabels=data.classes)
     left.set_xticklabels(data.classes, rotation=60, ha="right")
     left.set(ylabel="label", title="what else the teacher sees in it")
     figure.colorbar(picture, ax=left, label="share of what the label does not get", shrink=0.8)
     margin = soft.topk(2).values.diff(dim=1).abs().squeeze(1)
-    for axes, number in zip(places, margin.topk(len(places), largest=False).indices.tolist(), strict=True):
-        axes.imshow(data.images[number].permute(1, 2, 0))
+    for axes in places:
+        axes.axis("off")
+    for axes, number in zip(places, margin.argsort().tolist(), strict=False):  # there may be fewer images than places
+        axes.imshow(data.images[number].permute(1, 2, 0).numpy())
         chances, best = soft[number].topk(3)
         said = "\n".join(f"{data.classes[kind]} {chance:.0%}" for chance, kind in zip(chances, best, strict=True))
         axes.set_title(f"label: {data.classes[labels[number]]}\n{said}", fontsize=7)
-        axes.axis("off")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure
 
 
-def tell_similar(similar: torch.Tensor, classes: tuple[str, ...]) -> None:
+def tell_similar(similar: torch.Tensor, classes: tuple[str, ...], temperature: float) -> None:
     """Print the three pairs of classes that are most like each other to the teacher."""
     pairs = [(similar[a, b].item(), f"{one} is a bit like {other}") for a, one in enumerate(classes) for b, other in enumerate(classes)]
-    print("to the teacher " + ", ".join(f"{text} ({chance:.1%})" for chance, text in sorted(pairs, reverse=True)[:3]))
+    print(
+        f"to the teacher, at T = {temperature:g}, "
+        + ", ".join(f"{text} ({chance:.1%})" for chance, text in sorted(pairs, reverse=True)[:3])
+    )
 
 
 def plot_sweep(table: list[dict]) -> plt.Figure:

@@ -72,6 +72,10 @@ def measure(args) -> list[dict]:
     """A row for each method and sparsity: accuracy right after pruning, and after fine-tuning."""
     args.epochs = args.epochs or (1 if args.quick else EPOCHS)
     network, data = student_and_data(args)
+    if args.epochs < STEPS:
+        print(
+            f"-epochs {args.epochs}: fewer than {STEPS} parts, so iterative's steps follow each other without training and are nearly one"
+        )
     untouched = copy_of(network)
     row = {"method": "unpruned", "sparsity": 0.0, "accuracy": accuracy(network, data["test"])}
     rows = [row | {"accuracy_tuned": tune_in_parts(network, data, args)}]
@@ -106,7 +110,7 @@ def plot(rows: list[dict]) -> plt.Figure:
         mine = [row for row in rows if row["method"] == method]
         axes.plot([r["sparsity"] for r in mine], [r["accuracy_tuned"] for r in mine], "o-", color=colour, label=f"{method}, fine-tuned")
     axes.axhline(rows[0]["accuracy_tuned"], color="black", linestyle="--", linewidth=1, label="unpruned, fine-tuned")
-    axes.set(xlabel="sparsity: share of weights that are 0", ylabel="accuracy on the test images")
+    axes.set(xlabel="sparsity: share of weights that are 0", ylabel="accuracy on the test images", xlim=(0, 1))
     axes.legend()
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import SAMPLE_NAME, Images, augment, load_cifar10, normalize
+from cifar10 import SAMPLE_NAME, Images, augment, load_cifar10, normalize, stratified
 from common import new_parser, parse, positive_int, print_table, save_figure, save_results
 from m29_inference.network import WhitenedNet, new_network
 from m29_inference.training import BATCH, CPU, fast_format, hard_loss, say_convergence, train, training_file
@@ -66,8 +66,8 @@ def cpu_parser(doc: str):
 
 
 def quick_part(data: dict[str, Images]) -> dict[str, Images]:
-    """Fewer images, for -quick."""
-    return {"train": data["train"][:4096], "test": data["test"][:500]}
+    """Fewer images, for -quick, as many of each class: data may come sorted."""
+    return {name: stratified(data[name], min(most, len(data[name]))) for name, most in (("train", 4096), ("test", 500))}
 
 
 def student_and_data(args) -> tuple[nn.Module, dict[str, Images]]:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -100,6 +101,48 @@ def test_alpha_weighs_the_teacher_and_the_labels():
 def test_a_gain_has_the_interval_of_students_t():
     mean, half = gain([0.01, 0.02, 0.03])
     assert mean == pytest.approx(0.02) and half == pytest.approx(4.303 * 0.01 / 3**0.5)
+    for n, t in ((2, 12.706), (4, 3.182), (5, 2.776), (10, 2.262), (20, 2.262)):  # more than ten: a little too wide
+        values = [float(i) for i in range(n)]
+        assert gain(values)[1] == pytest.approx(t * statistics.stdev(values) / n**0.5)
+
+
+def test_the_band_of_a_curve_is_from_the_worst_seed_to_the_best():
+    runs = [[{"accuracy": a}, {"accuracy": a + 0.1}] for a in (0.2, 0.3, 0.7)]
+    figure = distill_report.plot_curves({ALONE: runs}, 0.9)
+    corners = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == pytest.approx((0.2, 0.8))
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([0.4, 0.5])
+
+
+def test_what_the_teacher_knows_is_softened_and_needs_no_image_of_each_class(capsys):
+    """Two images of class 0, one of class 1, none of class 2; at T = 2 the logits 2 log p stand for p."""
+    chances = torch.tensor([[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.25, 0.63, 0.12]])
+    data = Images(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 0, 1]), ("a", "b", "c"), "made")
+    figure = distill_report.plot_knowledge(data, 2 * chances.log(), 2.0)
+    shares = torch.tensor(figure.axes[0].images[0].get_array().data)
+    torch.testing.assert_close(shares, torch.tensor([[0, 2 / 3, 1 / 3], [25 / 37, 0, 12 / 37], [0, 0, 0]]))
+    assert "at T = 2, b is a bit like a (25.0%), a is a bit like b (20.0%), b is a bit like c (12.0%)" in capsys.readouterr().out
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [title.count("label: ") for title in titles].count(1) == 3  # three images, six places
+    assert titles[1].startswith("label: a\na 60%\nb 30%")  # the one that it is least sure of
+
+
+def test_an_epoch_is_tested_as_the_network_will_be_used(tmp_path):
+    """In eval mode, which learns nothing of the test images; and the recipe is the one that the README's numbers come from."""
+    data, file = noise(512), tmp_path / "kept.pt"
+    network = new_network((8, 8, 8), data, 0)
+    [row] = training.train(network, data, 1, 0, CPU, test=data, file=file)
+    assert int(network.stages[0].norm1.num_batches_tracked) == 2  # steps of 256
+    with torch.inference_mode():
+        right = network.eval()(normalize(data.images)).argmax(1) == data.labels
+    assert row["accuracy"] == right.double().mean()
+    [group] = torch.load(file, weights_only=True)["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (5e-4, 0.9, True)
+
+
+def test_a_quick_run_sees_all_classes_of_sorted_data():
+    few = student.quick_part({name: Images(torch.zeros(6000, 1), torch.arange(6000) // 600, (), "sorted") for name in ("train", "test")})
+    assert [(len(part), len(part.labels.unique())) for part in few.values()] == [(4096, 10), (500, 10)]
 
 
 @pytest.mark.parametrize(
@@ -647,8 +690,15 @@ def test_each_loss_is_a_training_of_its_own():
         patch.setattr(distill, "train", remember)
         for loss, code in distill_losses.CODE.items():
             distill.train_student(args, {"train": data["train"], "test": data["train"]}, 0, 1, {0: torch.zeros(4, 10)}, "key", loss, code)
-        distill.train_student(args, {"train": data["train"], "test": data["train"]}, 0, 1, {0: torch.zeros(4, 10)}, "key")
-    assert len(files) == 5  # the last one is the first's
+        both, views = {"train": data["train"], "test": data["train"]}, {0: torch.zeros(4, 10)}
+        distill.train_student(args, both, 0, 1, views, "key")
+        assert len(files) == 5  # this one is the first's
+        distill.train_student(args, both, 0, 1, views, "another teacher, or other views of it")
+        for name, value in (("temperature", 2.0), ("alpha", 0.5)):
+            distill.train_student(SimpleNamespace(**{**vars(args), name: value}), both, 0, 1, views, "key")
+        distill.train_student(args, both, 1, 1, views, "key")
+        distill.train_student(args, both, 0, 1, None, "key")
+    assert len(files) == 10
 
 
 def test_wrong_losses_are_told_by_their_values():

@@ -334,6 +334,89 @@ def test_accuracy_over_sparsity(run_in_fork, results):
     assert "of the unpruned network after the same fine-tuning" in said and (results / "prune_accuracy.png").exists()
 
 
+def blank(n: int = 4) -> dict[str, Images]:
+    images = Images(torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), ("a",), "noise")
+    return {"train": images, "test": images}
+
+
+def count_epochs(network, images, epochs, *_, **__) -> None:
+    """In place of train(): the network remembers how many it had; it is channels_last afterwards, as after train()."""
+    network.to(memory_format=torch.channels_last).tuned = getattr(network, "tuned", 0) + epochs
+
+
+def test_each_accuracy_is_of_the_network_that_its_column_says(network, monkeypatch, tmp_path):
+    """Here an accuracy is a tenth for each epoch of fine-tuning, and a thousandth for each hundredth of zeros."""
+    monkeypatch.setattr(prune_accuracy, "student_and_data", lambda args: (network, blank()))
+    monkeypatch.setattr(prune_accuracy, "train", count_epochs)
+    measured = lambda net, data: getattr(net, "tuned", 0) / 10 + sparsity_by_layer(net)[-1]["sparsity"] / 10  # noqa: E731
+    monkeypatch.setattr(prune_accuracy, "accuracy", measured)
+    monkeypatch.setattr("common.RESULTS", tmp_path)
+    unpruned, one_shot, iterative = prune_accuracy.measure(SimpleNamespace(epochs=3, quick=True, seed=0, show=False, device=CPU))
+    assert (unpruned["accuracy"], unpruned["accuracy_tuned"]) == pytest.approx((0, 0.3))
+    assert (one_shot["accuracy"], one_shot["accuracy_tuned"]) == pytest.approx((0.08, 0.38), abs=1e-4)
+    assert iterative["accuracy"] is None and iterative["accuracy_tuned"] == pytest.approx(0.38, abs=1e-4)
+
+
+def test_points_are_lost_against_the_fine_tuned_full_network_and_both_are_timed_alike(network, monkeypatch, tmp_path, capsys):
+    """A full network has 90 % right here, one with one layer cut 70 or 50, a smaller one 30; each epoch of fine-tuning gives 5 more."""
+
+    def measured(net, data):
+        cut_layers = [
+            number for number, (link, whole) in enumerate(zip(links(net), links(network), strict=True)) if link.width < whole.width
+        ]
+        right = {0: 0.9, 1: 0.5 if cut_layers == [2] else 0.7}.get(len(cut_layers), 0.3)
+        return right + 0.05 * getattr(net, "tuned", 0)
+
+    def timed(full, small, data):
+        assert all(net.stages[0].conv2.weight.is_contiguous() for net in (full, small))
+        return [{"batch": batch, "latency_ms": 1.0, "of_full": 0.5} for batch in prune_structured.BATCHES]
+
+    monkeypatch.setattr(prune_structured, "student_and_data", lambda args: (network, blank()))
+    monkeypatch.setattr(prune_accuracy, "train", count_epochs)
+    monkeypatch.setattr(prune_structured, "accuracy", measured)
+    monkeypatch.setattr(prune_structured, "time_both", timed)
+    monkeypatch.setattr("common.RESULTS", tmp_path)
+    rows = prune_structured.measure(SimpleNamespace(epochs=2, quick=True, seed=0, show=False, device=CPU))
+    assert [(row["accuracy"], row["accuracy_tuned"]) for row in rows[::2][:2]] == [pytest.approx((0.9, 1.0)), pytest.approx((0.3, 0.4))]
+    said = capsys.readouterr().out
+    assert "of the multiplications: -60.00 points, one seed" in said
+    assert "half of one layer's channels, not fine-tuned: stages.1.conv1 costs most, 50.0% are left of 90.0%" in said
+
+
+def few_channels() -> prune_structured.Link:
+    """Filters of size 3, 1, 2 and 4, which the normalization scales by 1, 10, 1 and 0.1: they count 3, 10, 2 and 0.4."""
+    conv, norm, reader = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4).eval(), nn.Conv2d(4, 2, 1)
+    conv.weight.data = torch.tensor([3.0, -1.0, 2.0, 4.0]).view(4, 1, 1, 1)
+    norm.weight.data = torch.tensor([1.0, -10.0, 1.0, 0.1])
+    return prune_structured.Link("few", conv, norm, reader)
+
+
+def test_the_channels_that_count_most_are_kept(monkeypatch):
+    monkeypatch.setattr(prune_structured, "UNIT", 1)
+    assert rank(few_channels()).tolist() == pytest.approx([3, 10, 2, 0.4])
+    assert prune_structured.kept_channels(few_channels(), 0.5).tolist() == [0, 1]
+
+
+def test_a_bias_goes_with_its_channel():
+    link, x = few_channels(), torch.randn(2, 1, 3, 3)
+    silence(link, torch.tensor([0, 3]))
+    right = link.reader(torch.relu(link.norm(link.conv(x))))
+    shrink(link, torch.tensor([1, 2]))
+    torch.testing.assert_close(link.reader(torch.relu(link.norm(link.conv(x)))), right)
+
+
+def test_times_of_convolutions_are_of_a_network_with_zeros_against_one_without(network, monkeypatch):
+    def timed(calls, *_):
+        nets = {share: call.__defaults__[0] for share, call in calls.items()}
+        assert all(sparsity_by_layer(net)[-1]["sparsity"] == pytest.approx(share, abs=1e-3) for share, net in nets.items())
+        return {0.0: Timing([4.0, 4.0, 6.0]), 0.9: Timing([2.0, 1.0, 3.0])}
+
+    monkeypatch.setattr(prune_formats, "measure_alternately", timed)
+    without, with_zeros, *_ = prune_formats.time_convolutions(network, blank())
+    assert (without["latency_ms"], without["against_dense"]) == (4.0, None)
+    assert with_zeros["against_dense"] == "2.00x no zeros (2.00 to 4.00, faster)"
+
+
 def test_times_are_of_the_pruned_network_against_the_full_one(network, monkeypatch):
     times = {"full": Timing([4.0, 4.0, 6.0]), "small": Timing([2.0, 1.0, 3.0])}
     monkeypatch.setattr(prune_structured, "measure_alternately", lambda calls, *_, repeats: {name: times[name] for name in calls})
@@ -344,8 +427,10 @@ def test_times_are_of_the_pruned_network_against_the_full_one(network, monkeypat
 
 def test_times_of_csr_are_against_dense(monkeypatch):
     times = {"dense": Timing([4.0, 4.0, 6.0]), "CSR": Timing([8.0, 16.0, 12.0])}
-    monkeypatch.setattr(prune_formats, "time_csr", lambda x, weight: times)
+    zeros = []
+    monkeypatch.setattr(prune_formats, "time_csr", lambda x, weight: (zeros.append((weight == 0).double().mean().item()), times)[1])
     row, _ = prune_formats.time_linear(torch.Generator(), (0.9,))
+    assert zeros == pytest.approx([0.9, 0.9], abs=0.01)
     assert (row["latency_ms"], row["x_dense"], row["against_dense"]) == (12.0, 0.5, "0.50x dense (0.25 to 0.50, slower)")
 
 
