@@ -64,10 +64,14 @@ def marked_run(function, images: torch.Tensor) -> list[tuple[str, float]]:
             function(images)
     events = sorted((event for event in profile.events() if event.cpu_parent is None), key=lambda event: event.time_range.start)
     calls = [(event.name, event.cpu_time_total / 1e3) for event in events]  # microseconds -> milliseconds
-    before, run = calls[: len(calls) // 2], calls[len(calls) // 2 :]
-    if not run or [name for name, _ in before] != [name for name, _ in run]:
+    return same_calls([calls[: len(calls) // 2], calls[len(calls) // 2 :]])[1]
+
+
+def same_calls(runs: list[list]) -> list[list]:
+    """`runs` as they are; InputError where they are empty or do not all have calls of the same names."""
+    if not runs[0] or any([name for name, _ in run] != [name for name, _ in runs[0]] for run in runs):
         raise InputError("torch.profiler did not see the same marked calls in every run: no profile")
-    return run
+    return runs
 
 
 def whole_run(function, images: torch.Tensor) -> float:
@@ -87,9 +91,7 @@ def measure(int8: nn.Module, images: torch.Tensor, repeats: int) -> tuple[list[f
         with torch.inference_mode():
             rounds = [(whole_run(function, images), marked_run(function, images)) for _ in range(repeats + 1)][1:]  # the first warms up
         wholes, runs = zip(*rounds, strict=True)
-        if any([name for name, _ in run] != [name for name, _ in runs[0]] for run in runs):
-            raise InputError("torch.profiler did not see the same marked calls in every run: no profile")
-        return wholes, runs, int8_calls(file)
+        return wholes, same_calls(runs), int8_calls(file)
 
 
 def profile_rows(network: nn.Module, int8: nn.Module, images: torch.Tensor, repeats: int) -> list[dict]:

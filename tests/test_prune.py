@@ -331,6 +331,7 @@ def test_accuracy_over_sparsity(run_in_fork, results):
     assert all(set(row) == {"method", "sparsity", "accuracy", "accuracy_tuned"} for row in rows)
     assert [row["method"] for row in rows] == ["unpruned", "one-shot", "iterative"]
     assert all(row["sparsity"] == pytest.approx(0.8, abs=1e-3) for row in rows[1:])
+    assert "-epochs 1: fewer than 3 parts" in said
     assert "of the unpruned network after the same fine-tuning" in said and (results / "prune_accuracy.png").exists()
 
 

@@ -623,6 +623,17 @@ def test_a_profile_whose_runs_differ_is_refused(calls, profiler_sees):
         quantize_profile.marked_run(lambda images: None, torch.zeros(1))
 
 
+def test_a_whole_run_is_timed_in_milliseconds_after_a_warm_up(monkeypatch):
+    seconds, called = [10.0], []
+
+    def run(images):
+        called.append(images)
+        seconds[0] += 2.0 if len(called) == 1 else 0.25
+
+    monkeypatch.setattr(quantize_profile, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    assert quantize_profile.whole_run(run, torch.zeros(1)) == 250 and len(called) == 2
+
+
 def test_of_two_marked_runs_the_second_counts_in_milliseconds(profiler_sees):
     profiler_sees(["a", "b", "a", "b"])
     assert quantize_profile.marked_run(lambda images: None, torch.zeros(1)) == [("a", 3.0), ("b", 4.0)]
