@@ -50,7 +50,7 @@ from m29_inference.training import BATCH, hard_loss, say_convergence, train, tra
 from paths import DATA, check_writable
 
 SMALL_WIDTHS = (16, 32, 64)  # 76,000: the student on the drawn sample, where that network is the teacher
-SAMPLE_EPOCHS = 4  # of the students on the drawn sample, which is learnt soon
+SHORT_EPOCHS = 4  # of the students on the drawn sample, which is learnt soon, and where only their losses are compared
 TEMPERATURE, ALPHA = 4.0, 0.9
 COLDEST, HOTTEST = 0.1, 100.0  # temperatures: beyond them differences of float32 numbers are lost
 TEMPERATURES, ALPHAS = (1.0, 2.0, 4.0, 8.0), (0.5, 0.9)  # of the sweep
@@ -189,7 +189,7 @@ def main(args) -> list[dict]:
     if len(data["train"]) < BATCH:
         raise InputError(f"-limit {args.limit} is too small: a step of training takes {BATCH} images")
     real = data["train"].name != SAMPLE_NAME and not args.quick
-    epochs = args.epochs or (None if real else 2 if args.quick else SAMPLE_EPOCHS)
+    epochs = args.epochs or (2 if args.quick else SHORT_EPOCHS if args.losses or not real else None)
     args.widths = args.widths or (WIDTHS if real else SMALL_WIDTHS)
     if args.min_teacher_accuracy is None:
         args.min_teacher_accuracy = QUICK_MIN_ACCURACY if args.quick else MIN_ACCURACY
@@ -220,7 +220,7 @@ if __name__ == "__main__":
     wide, small = (" ".join(map(str, widths)) for widths in (WIDTHS, SMALL_WIDTHS))
     said = f"channels of the students (default: {wide}; {small} on the drawn sample and with -quick)"
     flag("-widths", type=positive_int, nargs=3, metavar="N", help=said)
-    said = f"of the students (default: to convergence; {SAMPLE_EPOCHS} on the drawn sample and with -losses, 2 with -quick)"
+    said = f"of the students (default: to convergence; {SHORT_EPOCHS} on the drawn sample and with -losses, 2 with -quick)"
     flag("-epochs", type=positive_int, help=said)
     said = f"of our own teacher (default: to convergence; {EPOCHS} on the drawn sample, 4 with -quick)"
     flag("-teacher_epochs", type=positive_int, help=said)

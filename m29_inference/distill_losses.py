@@ -24,7 +24,6 @@ from m29_inference.distill import distillation_loss, train_student, views_of
 from m29_inference.distill_report import ALONE
 from m29_inference.teacher import Teacher, cache_folder, cached_logits
 
-EPOCHS = 4  # of the students, where -epochs does not say it
 FOLLOWED, STEP = 3000, 100.0  # steps down the gradient, and how far each goes
 
 
@@ -86,9 +85,9 @@ def question(loss_of, student: torch.Tensor, teacher: torch.Tensor, labels: torc
 # ---- and in a training -----------------------------------------------------------------------------------------------
 
 
-def compare_losses(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -> list[dict]:
+def compare_losses(args, data: dict[str, Images], teacher: Teacher, epochs: int) -> list[dict]:
     """A row a loss: what it is on logits, and the accuracy of a student trained with it; table and figure."""
-    epochs, seed = epochs or EPOCHS, args.seeds[0]
+    seed = args.seeds[0]
     key = f"{cache_folder(teacher, data['train']).name} {args.views}"
     _, rows = train_student(args, data, seed, epochs, None, key)
     table = [{"loss": ALONE, "accuracy": rows[-1]["accuracy"], "epochs": epochs}]

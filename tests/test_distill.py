@@ -715,6 +715,20 @@ def test_wrong_losses_are_told_by_their_values():
     assert unbounded["followed"] < -100 and unbounded["followed"] < unbounded["at_equal"]
 
 
+@pytest.mark.parametrize(
+    "name, losses, epochs", [("noise", False, None), ("noise", True, 4), (SAMPLE_NAME, False, 4), (SAMPLE_NAME, True, 4)]
+)
+def test_photographs_are_learnt_to_convergence_but_where_losses_are_compared(monkeypatch, name, losses, epochs):
+    images = Images(noise(256).images, noise(256).labels, tuple("abcdefghij"), name)
+    monkeypatch.setattr(distill, "load_cifar10", lambda *_: {"train": images, "test": images})
+    monkeypatch.setattr(distill, "find_teacher", lambda *_: None)
+    for module, function in ((distill, "compare"), (distill_losses, "compare_losses")):
+        monkeypatch.setattr(module, function, lambda args, data, teacher, epochs: epochs)
+    flags = dict.fromkeys(("epochs", "limit", "views", "widths", "data", "min_teacher_accuracy"))
+    args = Namespace(**flags, teacher="train", quick=False, sweep=False, losses=losses, device=CPU)
+    assert distill.main(args) == epochs
+
+
 def test_killed_at_the_logits_and_while_distilling_it_ends_with_the_same_bits(
     start_in_fork, run_in_fork, results, tmp_path, monkeypatch, few_shapes
 ):
