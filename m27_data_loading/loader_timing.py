@@ -160,7 +160,7 @@ def warn_about(args, images: int) -> None:
 
 
 def stage_costs(files: list[str], load_rgb, augment, device: torch.device) -> dict[str, float]:
-    """Microseconds an image of each stage on one core, over a few files: read, decode, augment, to tensor, transfer, copy to a GPU."""
+    """Microseconds an image of each stage on one core, over a few files, from reading to the batch, and its copy to a GPU."""
     decoded = [load_rgb(file) for file in files]
     tensors = [to_tensor(image) for image in decoded]
 
@@ -173,6 +173,7 @@ def stage_costs(files: list[str], load_rgb, augment, device: torch.device) -> di
         "read + decode": lambda: [load_rgb(file) for file in files],
         "augmentation": lambda: [augment(image) for image in decoded],
         "to tensor": lambda: [to_tensor(image) for image in decoded],
+        "stack": lambda: torch.stack(tensors),  # without workers
         "transfer": hand_over,
     }
     if device.type != "cpu":
@@ -188,8 +189,8 @@ def stage_costs(files: list[str], load_rgb, augment, device: torch.device) -> di
 
 def explain(row: dict, costs: dict[str, float]) -> str:
     """Where an image's time goes, what the measured rate says about it, and the bottleneck: a stage, or starting the workers."""
-    if row["num_workers"] == 0:
-        costs = {name: cost for name, cost in costs.items() if name != "transfer"}  # nothing is handed over
+    other_way = "stack" if row["num_workers"] else "transfer"  # a worker stacks the batch where it hands it over
+    costs = {name: cost for name, cost in costs.items() if name != other_way}
     total, slowest = sum(costs.values()), max(costs, key=costs.get)
     parts = ", ".join(f"{name} {cost:.0f}" for name, cost in sorted(costs.items(), key=lambda item: -item[1]))
     busy = max(1, min(row["num_workers"], usable_cpus(), row["batches"]))

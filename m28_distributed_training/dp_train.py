@@ -6,7 +6,7 @@
 
 In each step DataParallel cuts the batch into k parts (scatter), copies the whole network k - 1 times (replicate), computes in k
 threads of one process (parallel_apply), collects the outputs on device 0 (gather), and on the way back adds up k gradients there
-(reduce), and everything is thrown away after the step. Device 0 sends or receives all of it where tensors are copied device by device
+(reduce), and the copies are thrown away after the step. Device 0 sends or receives all of it where tensors are copied device by device
 (Windows); with nccl (Linux) the others hand the network on and add gradients up on the way. Without a GPU nn.DataParallel calls the
 network directly, so its speed there says nothing; the same step is then taken apart by hand and every byte is counted.
 """
@@ -177,7 +177,8 @@ def main(args) -> list[dict]:
         rows += trace(args, data)
     network = ConvNet(args.widths, "group")
     measures = sizes(network, batch_of(data["train"], 0, args)[0].cpu())
-    print("\nMB a step: DataParallel, through device 0 (device by device, and with nccl), against what each DDP process sends")
+    print("\nMB a step: DataParallel, through device 0 (device by device, and with nccl), against what each DDP process sends;")
+    print("it receives as much, so dp_over_ddp is dp_root_mb over twice ddp_each_mb")
     table = traffic_table(*measures)
     print_table(table)
     save_figure(plot_traffic(*measures), __file__, "traffic", args, f"batch {args.batch_size}, by formula; counted: see the table")

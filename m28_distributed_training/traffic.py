@@ -78,7 +78,10 @@ def on_loopback() -> int | None:
 
 
 def traffic_table(P: int, B: int, X: int, Y: int, devices=(2, 4, 8)) -> list[dict]:
-    """A row a number of devices: MB through DataParallel's device 0 by stage, in all, and with nccl; MB that each DDP process sends."""
+    """A row a number of devices: MB through DataParallel's device 0 by stage, in all, and with nccl; MB that each DDP process sends.
+
+    It receives as many: `dp_over_ddp` is what device 0 sends and receives over what a DDP process sends and receives.
+    """
     rows = []
     for k in devices:
         stages = dp_bytes(k, P, B, X, Y)
@@ -86,7 +89,7 @@ def traffic_table(P: int, B: int, X: int, Y: int, devices=(2, 4, 8)) -> list[dic
         megabytes = {f"{name.replace(' ', '_')}_mb": count / 1e6 for name, count in stages.items()}
         nccl = sum(dp_bytes(k, P, B, X, Y, nccl=True).values())
         row = {"devices": k, **megabytes, "dp_root_mb": dp / 1e6, "dp_root_nccl_mb": nccl / 1e6, "ddp_each_mb": ddp / 1e6}
-        rows.append(row | {"dp_over_ddp": dp / ddp})
+        rows.append(row | {"dp_over_ddp": dp / (2 * ddp)})
     return rows
 
 

@@ -211,7 +211,9 @@ if __name__ == "__main__":
     flag("-models", nargs="+", default=list(MODELS), help=f"torchvision's names (default: {' '.join(MODELS)})")
     flag("-resolution", type=positive_int, help="pixels a side (default: each network's own)")
     flag("-batch_sizes", type=positive_int, nargs="+", help="images at a time (default: 1 8)")
-    flag("-budget_ms", type=positive_number, default=50.0, help="latency at the smallest batch that you can afford (default: 50)")
+    flag(
+        "-budget_ms", type=positive_number, default=50.0, help="milliseconds that you can afford, at the smallest batch size (default: 50)"
+    )
     flag("-pretrained", action="store_true", help="download the published weights; changes no latency")
     args = parse(parser)
     rows = main(args)

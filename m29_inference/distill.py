@@ -6,7 +6,7 @@
                                                                  the course's Vision Transformer as the teacher, a fifth of the images
     python m29_inference/distill.py -losses                      the loss written wrong in four ways that raise no error
     python m29_inference/distill.py -sweep -epochs 4             which temperature, which alpha?
-    torchrun --nproc-per-node 2 m29_inference/distill.py -data FOLDER -teacher FOLDER
+    torchrun --nproc-per-node 2 m29_inference/distill.py -data FOLDER -teacher VIT_FOLDER
                                                                  only computes the teacher's logits, in two processes
 
 A label says "cat". The teacher says "cat, perhaps a dog, surely no truck": its logits, divided by a temperature T > 1 to make the small
@@ -229,7 +229,7 @@ if __name__ == "__main__":
     flag(
         "-views",
         choices=["every_epoch", "once"],
-        help="show the teacher every epoch's augmented images, or each image once (default: once for -teacher ID)",
+        help="show the teacher every epoch's augmented images, or each image once (default: every_epoch for our own, once for another)",
     )
     flag("-limit", type=positive_int, help="train on so many images, as many of each class (default: all)")
     part = parser.add_mutually_exclusive_group().add_argument

@@ -102,15 +102,18 @@ def say(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict]) -> plt.Figure:
-    """Accuracy over sparsity: right after pruning, and after fine-tuning, at once and step by step."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    """Accuracy over sparsity, right after pruning and after fine-tuning, at once and step by step; right: fine-tuned alone, from near."""
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.5))
     pruned = [row for row in rows if row["method"] == "one-shot"]
-    axes.plot([row["sparsity"] for row in pruned], [row["accuracy"] for row in pruned], "o:", color="tab:grey", label="not fine-tuned")
-    for method, colour in {"one-shot": "tab:blue", "iterative": "tab:orange"}.items():
-        mine = [row for row in rows if row["method"] == method]
-        axes.plot([r["sparsity"] for r in mine], [r["accuracy_tuned"] for r in mine], "o-", color=colour, label=f"{method}, fine-tuned")
-    axes.axhline(rows[0]["accuracy_tuned"], color="black", linestyle="--", linewidth=1, label="unpruned, fine-tuned")
-    axes.set(xlabel="sparsity: share of weights that are 0", ylabel="accuracy on the test images", xlim=(0, 1))
-    axes.legend()
+    both[0].plot([row["sparsity"] for row in pruned], [row["accuracy"] for row in pruned], "o:", color="tab:grey", label="not fine-tuned")
+    for axes in both:
+        for method, colour in {"one-shot": "tab:blue", "iterative": "tab:orange"}.items():
+            mine = [row for row in rows if row["method"] == method]
+            axes.plot([r["sparsity"] for r in mine], [r["accuracy_tuned"] for r in mine], "o-", color=colour, label=f"{method}, fine-tuned")
+        axes.axhline(rows[0]["accuracy_tuned"], color="black", linestyle="--", linewidth=1, label="unpruned, fine-tuned")
+        axes.set(xlabel="sparsity: share of weights that are 0", ylabel="accuracy on the test images")
+    both[0].set(xlim=(0, 1), title="before and after fine-tuning")
+    both[1].set(title="after it, enlarged")
+    both[0].legend()
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure

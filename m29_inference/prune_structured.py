@@ -167,12 +167,12 @@ def plot(rows: list[dict]) -> plt.Figure:
     for batch in BATCHES:
         mine = [row for row in rows if row["batch"] == batch]
         left.plot([r["macs_left"] for r in mine], [r["of_full"] for r in mine], "o-", label=f"batch {batch}")
-    left.plot([0, 1], [0, 1], "--", color="grey", label="as the multiplications")
-    left.set(xlabel="multiplications left", ylabel="latency, of the full network's", xlim=(0, None), ylim=(0, None))
+    left.plot([0, 1], [0, 1], "--", color="grey", label="in step with the multiplications")
+    left.set(xlabel="share of the multiplications left", ylabel="latency / latency of the full network", xlim=(0, None), ylim=(0, None))
     mine = [row for row in rows if row["batch"] == BATCHES[0]]
     right.plot([r["macs_left"] for r in mine], [r["accuracy"] for r in mine], "o:", color="tab:grey", label="not fine-tuned")
     right.plot([r["macs_left"] for r in mine], [r["accuracy_tuned"] for r in mine], "o-", label="fine-tuned")
-    right.set(xlabel="multiplications left", ylabel="accuracy on the test images", xlim=(0, None))
+    right.set(xlabel="share of the multiplications left", ylabel="accuracy on the test images", xlim=(0, None))
     for axes in (left, right):
         axes.legend(fontsize=8)
     figure.tight_layout(rect=(0, 0.04, 1, 1))

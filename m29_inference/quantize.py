@@ -5,7 +5,7 @@
     python m29_inference/quantize.py -clip 0.99            a range that leaves out the rarest 1 % of the values
     python m29_inference/quantize.py -model student        a whole network, trained first: latency, size, accuracy of int8 and floats
     python m29_inference/quantize.py -model resnet18       one of torchvision's; vit_b_16 for a network of linear layers
-    python m29_inference/quantize.py -model student -layers        which layer costs most accuracy
+    python m29_inference/quantize.py -model student -layers        which layer adds most to the error
     python m29_inference/quantize.py -model resnet18 -profile      which layer costs most time
 
 A real number x is kept as a whole number q of few bits: q = clamp(round(x / scale) + zero_point), and comes back as (q - zero_point) *

@@ -3,7 +3,7 @@
     python m29_inference/student.py                        on the drawn shapes, eight epochs; speed against plain float32
     python m29_inference/student.py -data FOLDER           on the real CIFAR-10, to convergence: accuracy over epochs
     python m29_inference/student.py -epochs 8              for eight epochs, as the scripts do that convert and prune it
-    python m29_inference/student.py -widths 64 128 384     a network of two million parameters, the teacher of distill.py
+    python m29_inference/student.py -widths 64 128 384     a network of two million parameters, as distill.py trains for a teacher
 
 Convolutions compute in bfloat16 where the processor has instructions for it and in the layout channels_last, and the memory of one step
 is kept for the next: the last lines say what that is worth against plain float32. After every epoch the training is kept, and goes on

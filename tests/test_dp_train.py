@@ -44,7 +44,7 @@ def test_the_formulas_by_hand(k, stages, ddp, fsdp):
     assert (ddp_bytes(k, 1_000), fsdp_bytes(k, 1_000)) == (ddp, fsdp)
     [row] = traffic_table(1_000_000, 10_000, 640_000, 80_000, devices=(k,))
     assert row["devices"] == k and row["dp_root_mb"] == pytest.approx(sum(stages) / 1e3) and row["ddp_each_mb"] == ddp / 1e3
-    assert row["dp_over_ddp"] == pytest.approx(sum(stages) / ddp)
+    assert row["dp_over_ddp"] == pytest.approx(sum(stages) / (2 * ddp))  # sent and received, as through device 0
 
 
 def test_ddp_never_reaches_twice_the_parameters_and_dataparallel_grows():

@@ -183,16 +183,16 @@ def test_the_summary_is_median_and_sample_deviation():
 
 @pytest.mark.parametrize(("workers", "startup_s", "said"), [(1, 0.1, "augmentation"), (0, 0.0, "augmentation"), (2, 3.0, "start-up")])
 def test_the_bottleneck_is_named_from_the_numbers(workers, startup_s, said):
-    costs = {"decode": 200.0, "augmentation": 500.0, "transfer": 300.0}
+    costs = {"decode": 200.0, "augmentation": 500.0, "transfer": 300.0, "stack": 100.0}
     row = {"augment": "simple", "num_workers": workers, "batches": 4, "images_per_s": 900.0, "startup_s": startup_s, "seconds": 2.0}
     text = loader_timing.explain(row, costs)
     assert f"The bottleneck is {said}" in text
-    assert ("transfer" in text) == (workers > 0)  # without workers nothing is handed over
+    assert ("transfer" in text, "stack" in text) == (workers > 0, workers == 0)  # without workers nothing is handed over
     assert ("-persistent_workers" in text) == (startup_s > 0.2)
 
 
 def test_the_costs_of_the_stages_are_all_there(faces):
-    stages = {"read", "decode", "augmentation", "to tensor", "transfer"}
+    stages = {"read", "decode", "augmentation", "to tensor", "stack", "transfer"}
     for device, more in {"cpu": set(), "meta": {"copy to device"}}.items():  # meta: torch's device without memory, here for a GPU
         costs = loader_timing.stage_costs(find_images(faces)[:4], load_rgb, AUGMENTATIONS["simple"], torch.device(device))
         assert set(costs) == stages | more and all(cost >= 0 for cost in costs.values())
