@@ -191,7 +191,9 @@ def test_a_teacher_of_a_quick_run_need_not_be_good(monkeypatch, quick, given, le
 
     monkeypatch.setattr(distill, "find_teacher", find)
     monkeypatch.setattr(distill, "load_cifar10", lambda *_: {"train": noise(512), "test": noise(50)})
-    args = Namespace(teacher="train", views=None, data=None, quick=quick, limit=None, epochs=None, widths=None, min_teacher_accuracy=given)
+    args = Namespace(
+        teacher="train", views=None, data=None, quick=quick, losses=False, limit=None, epochs=None, widths=None, min_teacher_accuracy=given
+    )
     with pytest.raises(Asked) as asked:
         distill.main(args)
     assert asked.value.args == (least,)
