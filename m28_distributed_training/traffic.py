@@ -100,12 +100,13 @@ def plot_traffic(P: int, B: int, X: int, Y: int) -> plt.Figure:
     for label, style, nccl in (("device by device", "o-", False), ("handed on by nccl", "o--", True)):
         root = [sum(dp_bytes(k, P, B, X, Y, nccl).values()) / 1e6 for k in devices]
         axes.plot(devices, root, style, color="tab:red", label=f"DataParallel, {label}: through device 0")
-    axes.plot(devices, [ddp_bytes(k, P) / 1e6 for k in devices], "o-", color="tab:blue", label="DDP: sent by each process")
-    axes.plot(devices, [fsdp_bytes(k, P) / 1e6 for k in devices], "o-", color="tab:green", label="sharded: sent by each process")
+    for name, colour, formula in (("DDP", "tab:blue", ddp_bytes), ("sharded", "tab:green", fsdp_bytes)):
+        label = f"{name}: sent by each process, and as much received"
+        axes.plot(devices, [formula(k, P) / 1e6 for k in devices], "o-", color=colour, label=label)
     axes.axhline(2 * P / 1e6, color="tab:blue", linestyle=":", linewidth=1)
     axes.text(1.01, 2 * P / 1e6, "2 P", color="tab:blue", fontsize=8, va="center", transform=axes.get_yaxis_transform())
     axes.set(xlabel="devices", ylabel="MB a training step", ylim=(0, None), xticks=devices[::2])
     axes.set_title(f"P = {P / 1e6:.1f} MB of parameters, batch X = {X / 1e6:.1f} MB", fontsize=10)
-    axes.legend()
+    axes.legend(fontsize=8)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure

@@ -197,7 +197,8 @@ def main(args) -> list[dict]:
     if args.quick:
         data["train"] = stratified(data["train"], min(QUICK_IMAGES, len(data["train"])))  # its training needed more
     if under_torchrun():
-        share_logits(teacher, data, views_of(args, epochs))
+        compared = [] if args.sweep or args.losses else [(data["test"], [UNCHANGED])]
+        share_logits(teacher, [(data["train"], views_of(args, epochs)), *compared])
     if args.losses:
         from m29_inference.distill_losses import compare_losses  # which imports this file
 
@@ -226,11 +227,8 @@ if __name__ == "__main__":
     flag("-teacher_epochs", type=positive_int, help=said)
     flag("-temperature", type=temperature, default=TEMPERATURE, help=f"divides the logits of both, {COLDEST:g} to {HOTTEST:g} (default: 4)")
     flag("-alpha", type=share, default=ALPHA, help="weight of the teacher's opinion, the rest is the labels' (default: 0.9)")
-    flag(
-        "-views",
-        choices=["every_epoch", "once"],
-        help="show the teacher every epoch's augmented images, or each image once (default: every_epoch for our own, once for another)",
-    )
+    said = "what the teacher sees, every epoch's augmented images or each image once (default: every_epoch for our own, once for another)"
+    flag("-views", choices=["every_epoch", "once"], help=said)
     flag("-limit", type=positive_int, help="train on so many images, as many of each class (default: all)")
     part = parser.add_mutually_exclusive_group().add_argument
     part("-sweep", action="store_true", help="a student for each of some temperatures and alphas")
@@ -246,5 +244,6 @@ if __name__ == "__main__":
     if len(args.seeds) < 2 or len(set(args.seeds)) < len(args.seeds):
         parser.error("argument -seeds: at least two are needed to tell a gain from chance, each another one")
     rows = main(args)
-    print("-quick shows how it runs: after so few steps accuracies and gains mean nothing\n" if args.quick else "", end="")
+    if args.quick:
+        print("-quick shows how it runs: after so few steps accuracies and gains mean nothing")
     save_results(__file__, args, rows)

@@ -227,10 +227,10 @@ def cached_logits(teacher: Teacher, data: Images, views: list[int]) -> dict[int,
     return {view: torch.cat([read_chunk(folder, view, chunk) for chunk in chunks(data)]) for view in views}
 
 
-def share_logits(teacher: Teacher, data: dict[str, Images], views: list[int]) -> NoReturn:
-    """Compute this process's part of the teacher's logits, and end."""
+def share_logits(teacher: Teacher, wanted: list[tuple[Images, list[int]]]) -> NoReturn:
+    """Compute this process's part of the teacher's logits of the images in these views, and end."""
     rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    for split, its_views in {"train": views, "test": [UNCHANGED]}.items():
-        compute_logits(teacher, data[split], its_views, cache_folder(teacher, data[split]), rank, processes)
+    for images, views in wanted:
+        compute_logits(teacher, images, views, cache_folder(teacher, images), rank, processes)
     print(f"rank {rank} of {processes}: its part of the logits is on disk; when all are done, run the same without torchrun")
     sys.exit()

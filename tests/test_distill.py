@@ -518,6 +518,28 @@ def test_several_processes_share_the_work(counted, tmp_path):
     assert teacher.asked == 100 and len(list((tmp_path / "shared").iterdir())) == 6
 
 
+@pytest.mark.parametrize(("flag", "asked"), [(None, ["train", "test"]), ("sweep", ["train"]), ("losses", ["train"])])
+def test_processes_share_the_logits_that_will_be_read(monkeypatch, flag, asked):
+    """Only the comparison asks the teacher about the test images."""
+    data, shared = {"train": noise(256), "test": noise(10)}, {}
+
+    def share(teacher, wanted):
+        shared.update({split: views for images, views in wanted for split in data if images is data[split]})
+        raise SystemExit
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distill, "load_cifar10", lambda *_: data)
+    monkeypatch.setattr(distill, "load_pretrained", lambda *_: "a Vision Transformer")
+    monkeypatch.setattr(distill, "find_teacher", lambda *_: None)
+    monkeypatch.setattr(distill, "share_logits", share)
+    flags = dict.fromkeys(("limit", "views", "widths", "data", "min_teacher_accuracy"))
+    args = Namespace(**flags, teacher="vit", epochs=2, quick=False, sweep=flag == "sweep", losses=flag == "losses", device=CPU)
+    with pytest.raises(SystemExit):
+        distill.main(args)
+    assert shared == {split: [UNCHANGED] for split in asked}
+
+
 # ---- teachers of other kinds -----------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from errors import InputError
 from m27_data_loading import lfw_dataset, loader_timing
 from m27_data_loading.image_folder import find_images
 from m27_data_loading.lfw_dataset import AUGMENTATIONS, LFWDataset, collate, load_rgb
+from timing import Timing
 
 CPU = torch.device("cpu")
 SCRIPT = "m27_data_loading/lfw_dataset.py"
@@ -196,6 +197,19 @@ def test_the_costs_of_the_stages_are_all_there(faces):
     for device, more in {"cpu": set(), "meta": {"copy to device"}}.items():  # meta: torch's device without memory, here for a GPU
         costs = loader_timing.stage_costs(find_images(faces)[:4], load_rgb, AUGMENTATIONS["simple"], torch.device(device))
         assert set(costs) == stages | more and all(cost >= 0 for cost in costs.values())
+
+
+def test_a_batch_is_stacked_both_ways(faces, monkeypatch):
+    made = []
+
+    def call(stage, device):
+        made.append(stage())
+        return Timing([1.0])
+
+    monkeypatch.setattr(loader_timing, "measure", call)
+    loader_timing.stage_costs(find_images(faces)[:4], load_rgb, AUGMENTATIONS["simple"], torch.device("cpu"))
+    stacked, handed_over = (batch for batch in made if torch.is_tensor(batch))
+    assert torch.equal(stacked, handed_over) and len(stacked) == 4 and (stacked.is_shared(), handed_over.is_shared()) == (False, True)
 
 
 def test_what_will_not_help_is_said_before_the_run(capsys, monkeypatch):

@@ -349,7 +349,10 @@ def test_each_accuracy_is_of_the_network_that_its_column_says(network, monkeypat
     """Here an accuracy is a tenth for each epoch of fine-tuning, and a thousandth for each hundredth of zeros."""
     monkeypatch.setattr(prune_accuracy, "student_and_data", lambda args: (network, blank()))
     monkeypatch.setattr(prune_accuracy, "train", count_epochs)
-    measured = lambda net, data: getattr(net, "tuned", 0) / 10 + sparsity_by_layer(net)[-1]["sparsity"] / 10  # noqa: E731
+
+    def measured(net, data):
+        return getattr(net, "tuned", 0) / 10 + sparsity_by_layer(net)[-1]["sparsity"] / 10
+
     monkeypatch.setattr(prune_accuracy, "accuracy", measured)
     monkeypatch.setattr("common.RESULTS", tmp_path)
     unpruned, one_shot, iterative = prune_accuracy.measure(SimpleNamespace(epochs=3, quick=True, seed=0, show=False, device=CPU))
@@ -429,7 +432,12 @@ def test_times_are_of_the_pruned_network_against_the_full_one(network, monkeypat
 def test_times_of_csr_are_against_dense(monkeypatch):
     times = {"dense": Timing([4.0, 4.0, 6.0]), "CSR": Timing([8.0, 16.0, 12.0])}
     zeros = []
-    monkeypatch.setattr(prune_formats, "time_csr", lambda x, weight: (zeros.append((weight == 0).double().mean().item()), times)[1])
+
+    def timed(x, weight):
+        zeros.append((weight == 0).double().mean().item())
+        return times
+
+    monkeypatch.setattr(prune_formats, "time_csr", timed)
     row, _ = prune_formats.time_linear(torch.Generator(), (0.9,))
     assert zeros == pytest.approx([0.9, 0.9], abs=0.01)
     assert (row["latency_ms"], row["x_dense"], row["against_dense"]) == (12.0, 0.5, "0.50x dense (0.25 to 0.50, slower)")
