@@ -72,7 +72,7 @@ def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature:
     """T^2 times the divergence of the student's classes from the teacher's, both at temperature T; logits (n, classes) -> a scalar >= 0.
 
     The gradient of the softened classes is about T^2 times as small as at T = 1; the factor makes up for that, so that alpha means
-    the same at every temperature. Hinton, Vinyals and Dean 2015, arxiv.org/abs/1503.02531.
+    the same at every temperature. Equal logits give 0, up to rounding. Hinton, Vinyals and Dean 2015, arxiv.org/abs/1503.02531.
     """
     ours = nn.functional.log_softmax(student / temperature, dim=1)
     theirs = nn.functional.log_softmax(teacher / temperature, dim=1)
@@ -140,7 +140,7 @@ def compare(args, data: dict[str, Images], teacher: Teacher, epochs: int | None)
     images = {"teacher": teacher.prepare(image), ALONE: normalize(image).contiguous(memory_format=torch.channels_last)}
     cost = costs({"teacher": teacher.module, ALONE: student}, images, args.device)
     right = (answers.argmax(1) == data["test"].labels).double().mean().item()
-    table = [{"model": "teacher", "accuracy": right, **cost["teacher"]}]
+    table = [{"model": "teacher", "accuracy": right, **teacher.training, **cost["teacher"]}]
     for model, runs in curves.items():
         for seed, rows in zip(args.seeds, runs, strict=True):
             last = {key: rows[-1][key] for key in ("accuracy", "train_s")}
@@ -169,6 +169,7 @@ def sweep(args, data: dict[str, Images], teacher: Teacher, epochs: int | None) -
         _, rows = train_student(its_args, data, args.seeds[0], len(rows), views, key)
         table.append({"model": DISTILLED, "accuracy": rows[-1]["accuracy"], "epochs": len(rows), **setting})
     print_table(table)
+    print("these are the test images: to choose by them and then to report them would flatter; keep some training images apart for it")
     save_figure(plot_sweep(table), __file__, "sweep", args, f"one seed, {len(rows)} epochs: differences of a point may be noise")
     return table
 
@@ -217,7 +218,7 @@ if __name__ == "__main__":
     )
     said = f"refuse a teacher below (default: {MIN_ACCURACY}; with -quick {QUICK_MIN_ACCURACY}, for ours has hardly been trained then)"
     flag("-min_teacher_accuracy", type=share, help=said)
-    flag("-seeds", type=seed_number, nargs="+", default=[0, 1], help="of the students, at least two (default: 0 1)")
+    flag("-seeds", type=seed_number, nargs="+", default=[0, 1], help="of the students, at least two (default: 0 1); -seed is the teacher's")
     wide, small = (" ".join(map(str, widths)) for widths in (WIDTHS, SMALL_WIDTHS))
     said = f"channels of the students (default: {wide}; {small} on the drawn sample and with -quick)"
     flag("-widths", type=positive_int, nargs=3, metavar="N", help=said)
@@ -229,7 +230,7 @@ if __name__ == "__main__":
     flag("-alpha", type=share, default=ALPHA, help="weight of the teacher's opinion, the rest is the labels' (default: 0.9)")
     said = "what the teacher sees, every epoch's augmented images or each image once (default: every_epoch for our own, once for another)"
     flag("-views", choices=["every_epoch", "once"], help=said)
-    flag("-limit", type=positive_int, help="train on so many images, as many of each class (default: all)")
+    flag("-limit", type=positive_int, help="train on so many images, as many of each class, our own teacher as well (default: all)")
     part = parser.add_mutually_exclusive_group().add_argument
     part("-sweep", action="store_true", help="a student for each of some temperatures and alphas")
     part("-losses", action="store_true", help="a student for each of some losses, four of which are wrong")

@@ -118,7 +118,7 @@ def reached(*student) -> float | None:
 def plot(table: list[dict]) -> plt.Figure:
     """Bars: accuracy of a student by loss, none where its training failed, and the line of the one that learnt alone."""
     figure, axes = plt.subplots(figsize=(7.5, 3.2))
-    said = [f"{row['accuracy']:.1%}" if row["accuracy"] else "training failed" for row in table[1:]]
+    said = ["training failed" if row["accuracy"] is None else f"{row['accuracy']:.1%}" for row in table[1:]]
     names = [f"{row['loss']}\n{text}" for row, text in zip(table[1:], said, strict=True)]
     axes.barh(names, [row["accuracy"] or 0 for row in table[1:]], color="tab:blue")
     axes.axvline(table[0]["accuracy"], color="black", linestyle="--", linewidth=1, label="alone")

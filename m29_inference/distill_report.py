@@ -2,7 +2,6 @@
 
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from cifar10 import Images
 from common import print_table
 from m29_inference.macs import gmacs
-from m29_inference.sparse_files import save_sparse
+from m29_inference.sparse_files import serialize
 from timing import measure_alternately, spread, verdict
 
 ALONE, DISTILLED = "student", "student + KD"
@@ -29,13 +28,11 @@ def costs(networks: dict[str, nn.Module], image: dict[str, torch.Tensor], device
         timings = measure_alternately(calls, device)
     rows = {}
     for name, network in networks.items():
-        with tempfile.TemporaryDirectory() as folder:
-            size = save_sparse(network.state_dict(), Path(folder, "network"), "dense")
         rows[name] = {
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "gmacs": gmacs(network, image[name].shape[-1]),
             "latency_ms": timings[name].median_ms,
-            "size_mb": size / 1e6,
+            "size_mb": len(serialize(network.state_dict())) / 1e6,
         }
     return rows
 

@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where common.py is
-from cifar10 import normalize
 from common import parse, positive_int, print_table, save_results, share
 from m29_inference.student import copy_of, cpu_parser, student_and_data
 from m29_inference.training import accuracy
@@ -143,9 +142,12 @@ def by_kind(net: nn.Module) -> list[dict]:
 
 def all_together(net: nn.Module, amount: float) -> list[dict]:
     """The smallest weights of the whole network, wherever they are: the total is exact, the layers differ."""
-    prune.global_unstructured([(module, "weight") for _, module in prunable(net)], pruning_method=prune.L1Unstructured, amount=amount)
+    layers = ()
+    for _, module in prunable(net):
+        layers += ((module, "weight"),)
+    prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=amount)
     rows = sparsity_by_layer(net)
-    print(f"global_unstructured, {amount:.0%} of all weights: that is the total, not what each layer loses")
+    print(f"global_unstructured on a tuple of {len(layers)} pairs (layer, 'weight'): {amount:.0%} is the total, not what each layer loses")
     print_table(rows)
     return rows
 
@@ -181,6 +183,10 @@ def main(args) -> list[dict]:
     whole_net(args.amount)
     traps()
     by_kind(LeNet())
+    print()
+    net = LeNet()
+    all_together(net, args.amount)
+    make_permanent(net, torch.randn(32, 1, 32, 32), torch.arange(32) % 10)
     network, data = student_and_data(args)
     trained = copy_of(network)
 
@@ -194,7 +200,7 @@ def main(args) -> list[dict]:
     print()
     all_together(trained, args.amount)
     rows.append(row("global", trained))
-    make_permanent(trained, normalize(data["train"].images[:32]), data["train"].labels[:32])
+    remove_masks(trained)
     rows.append(row("global, removed", trained))
     print_table(rows)
     return rows

@@ -24,6 +24,7 @@ from m29_inference import prune as exercise
 from m29_inference.macs import gmacs
 from m29_inference.prune_accuracy import tune
 from m29_inference.shrink import Link, links, rank, shrink, silence
+from m29_inference.sparse_files import serialize
 from m29_inference.student import copy_of, student_and_data
 from m29_inference.training import accuracy
 from timing import measure_alternately, times_as_fast
@@ -131,7 +132,7 @@ def measure(args) -> list[dict]:
     say_why_the_bias_counts(network)
     say_that_blocks_are_cut_inside()
     layers = sensitivity(network, data)
-    full_macs = gmacs(network, 32)
+    full_macs, whole = gmacs(network, 32), sum(parameter.numel() for parameter in network.parameters())
     nets = [(copy_of(network), 0.0), *(cut_to(network, share) for share in (SHARES[:1] if args.quick else SHARES))]
     rows = []
     for net, difference in tqdm(nets, "fine-tuning"):
@@ -145,13 +146,15 @@ def measure(args) -> list[dict]:
         }
         tune(net, data, args, args.epochs, LEARNING_RATE)
         row["parameters"] = sum(parameter.numel() for parameter in net.parameters())
+        row["sparsity"] = 1 - row["parameters"] / whole  # here of what is gone, not of zeros
+        row |= {"format": "dense", "size_mb": len(serialize(net.state_dict())) / 1e6}
         row["accuracy_tuned"] = accuracy(net.to(memory_format=torch.contiguous_format), data["test"])
         rows += [row | times for times in time_both(network, net, data)]
-    print_table(rows)
+    print_table([{key: value for key, value in row.items() if key not in ("method", "sparsity", "format")} for row in rows])
     print("differs_by: the logits with the channels cut out, against those with them silent. accuracy_tuned, against the first row's:")
-    whole = rows[0]["accuracy_tuned"]
+    tuned = rows[0]["accuracy_tuned"]
     for row in rows[len(BATCHES) :: len(BATCHES)]:
-        print(f"  {row['macs_left']:.2f} of the multiplications: {100 * (row['accuracy_tuned'] - whole):+.2f} points, one seed")
+        print(f"  {row['macs_left']:.2f} of the multiplications: {100 * (row['accuracy_tuned'] - tuned):+.2f} points, one seed")
     print_table(layers)
     worst = min(layers, key=lambda row: row["accuracy"])
     left = f"{worst['accuracy']:.1%} are left of {rows[0]['accuracy']:.1%}"

@@ -52,7 +52,7 @@ def links(network: nn.Module) -> list[Link]:
 
 
 def rank(link: Link) -> torch.Tensor:
-    """How much each channel counts, (width,): the size of its filter times what the normalization scales it by."""
+    """How much each channel counts, (width,): the length of its filter times the size of the normalization's weight (gamma)."""
     return link.conv.weight.detach().flatten(1).norm(dim=1) * link.norm.weight.detach().abs()
 
 

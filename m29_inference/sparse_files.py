@@ -42,8 +42,8 @@ def to_csr(tensor: torch.Tensor) -> torch.Tensor:
     return torch.sparse_csr_tensor(csr.crow_indices(), csr.col_indices().clone(), csr.values(), csr.shape, check_invariants=False)
 
 
-def save_sparse(state: dict[str, torch.Tensor], file: Path, kind: str) -> int:
-    """Write a state_dict in one of FORMATS; its bytes."""
+def serialize(state: dict[str, torch.Tensor], kind: str = "dense") -> bytes:
+    """A state_dict as a file in one of FORMATS."""
     convert = {
         "COO": lambda tensor: tensor.to_sparse(),
         "CSR": to_csr,
@@ -52,9 +52,12 @@ def save_sparse(state: dict[str, torch.Tensor], file: Path, kind: str) -> int:
     content = {name: convert(tensor.contiguous()) if is_weight(tensor) else tensor for name, tensor in state.items()}
     written = io.BytesIO()
     torch.save(content, written)
-    data = gzip.compress(written.getvalue()) if kind == "gzip" else written.getvalue()
-    file.write_bytes(data)
-    return len(data)
+    return gzip.compress(written.getvalue()) if kind == "gzip" else written.getvalue()
+
+
+def save_sparse(state: dict[str, torch.Tensor], file: Path, kind: str) -> int:
+    """Write a state_dict in one of FORMATS; its bytes."""
+    return file.write_bytes(serialize(state, kind))
 
 
 def load_sparse(file: Path, kind: str, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -48,6 +48,7 @@ class Teacher:
     device: torch.device
     preparation: str = "normalize"  # in words what `prepare` does, and what else is no weight: activations, the order of classes
     batch: int = 250
+    training: dict = field(default_factory=dict)  # epochs and train_s, where it was trained here
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """float32 (n, classes), on the CPU."""
@@ -89,12 +90,13 @@ class Pretrained(nn.Module):
 
 def own_teacher(data: dict[str, Images], widths: tuple, epochs: int | None, seed: int, device: torch.device) -> Teacher:
     """Our network of these widths, trained on these data on first use; it looks at every image in both directions."""
-    network, _ = student.trained_student(data, epochs, seed, device, widths)
+    network, rows = student.trained_student(data, epochs, seed, device, widths)
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
         return normalize(images).contiguous(memory_format=torch.channels_last)
 
-    return Teacher("teacher", Mirrored(network).eval(), prepare, device)
+    took = {"epochs": len(rows), "train_s": rows[-1]["train_s"]}
+    return Teacher("teacher", Mirrored(network).eval(), prepare, device, training=took)
 
 
 def load_pretrained(source: str):

@@ -184,7 +184,8 @@ def restore(file: Path | None, network: nn.Module, optimizer: torch.optim.Optimi
         optimizer.load_state_dict(kept["optimizer"])
         print(f"{len(kept['rows'])} epochs were trained before: {display_path(file)}")
         return kept["rows"]
-    except DAMAGED:  # or of other widths
+    except DAMAGED:
+        print(f"{display_path(file)} is damaged or of another network: trained anew")
         network.load_state_dict(fresh)
         return []
 

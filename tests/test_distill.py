@@ -322,7 +322,7 @@ def test_a_gpu_without_bfloat16_of_its_own_computes_in_float32(monkeypatch):
     assert not training.fast_format(torch.device("mps"))["enabled"]
 
 
-def test_a_file_of_other_widths_or_with_a_flipped_bit_is_not_taken_even_in_part(tmp_path):
+def test_a_file_of_other_widths_or_with_a_flipped_bit_is_not_taken_even_in_part(tmp_path, capsys):
     def run(file, widths=(8, 16, 8)):
         torch.manual_seed(0)
         network = ConvNet(widths, "batch")
@@ -338,7 +338,9 @@ def test_a_file_of_other_widths_or_with_a_flipped_bit_is_not_taken_even_in_part(
     others[1][place + 3] ^= 1
     for content in others:
         file.write_bytes(content)
+        capsys.readouterr()
         again = run(file)
+        assert f"{file} is damaged or of another network: trained anew" in capsys.readouterr().out
         assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
@@ -412,13 +414,14 @@ def test_our_own_teacher_looks_in_both_directions(monkeypatch):
     torch.manual_seed(0)
     network = ConvNet((8, 8, 8), "batch").eval()
     network.head.weight.data *= 1000  # noise looks much the same from both sides
-    monkeypatch.setattr(student, "trained_student", lambda *_: (network, []))
+    monkeypatch.setattr(student, "trained_student", lambda *_: (network, [{"train_s": 1.0}]))
     teacher, images = teachers.own_teacher({}, (8, 8, 8), 1, 0, CPU), noise(8).images
     one_way = Teacher("one way", network, teacher.prepare, CPU)
     both = (one_way.logits(images) + one_way.logits(images.flip(3))) / 2
     assert torch.allclose(teacher.logits(images), both, rtol=0.02) and torch.equal(teacher.logits(images), teacher.logits(images.flip(3)))
     assert not torch.allclose(both, one_way.logits(images), rtol=0.02)
     assert teacher.fingerprint() != one_way.fingerprint()  # the same numbers, other logits
+    assert teacher.training == {"epochs": 1, "train_s": 1.0}
 
 
 def test_the_teacher_sees_what_the_student_sees(monkeypatch, tmp_path):
@@ -673,6 +676,7 @@ def test_the_run_of_a_learner(run_script, results):
         rows[3 + s]["accuracy"] - rows[1 + s]["accuracy"] for s in (0, 1)
     ]
     assert {"model", "seed", "epochs", "accuracy", "parameters", "gmacs", "latency_ms", "size_mb", "train_s"} == set(rows[1])
+    assert rows[0]["epochs"] == 4 and rows[0]["train_s"] > 0 and set(rows[0]) == set(rows[1]) - {"seed"}
     assert "95 % interval" in done.stdout and "is a bit like" in done.stdout
     step = r"a distilled step takes \d\.\d+ times as long as a plain one \(.* in 9 rounds in turn: (longer|less|cannot tell)\)"
     assert re.search(step, done.stdout)
